@@ -1,0 +1,60 @@
+# `make train` and `make test` need nothing but Python 3.10 or newer: both make the environment .venv first.
+# Every path here is relative, so the folder's own path may have spaces in it.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test slow format clean
+
+help:
+	@echo "make train    train with benchmarks/train.py; pass options with ARGS=\"...\""
+	@echo "make test     lint, types and the fast tests"
+	@echo "make slow     the tests that train for minutes"
+	@echo "make format   format the code and fix what the linter can fix"
+	@echo "make clean    remove the environment, caches and builds (runs/ stays)"
+	@echo
+	@echo "The environment is made in $(VENV) with PYTHON=$(PYTHON) when it is missing, and refreshed when"
+	@echo "constraints.txt or pyproject.toml change. For another Python: make clean, then make test PYTHON=python3.12"
+
+# The stamp gets the time at which the installation began and its name only when all of it is done: neither an
+# interrupted installation nor a file that changed during it is taken for done. PyTorch goes first and alone, so that
+# one that is found locally or in an extra index is chosen before anything else asks for it.
+$(STAMP): constraints.txt pyproject.toml
+	@rm -f $(STAMP)
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		echo "Making the environment $(VENV) with $(PYTHON)"; \
+		"$(PYTHON)" -m venv --clear $(VENV); \
+	fi
+	@touch $(STAMP).part
+	@echo "Installing the pinned packages into $(VENV): this takes a minute or two"
+	@$(PIP) install -q -c constraints.txt torch
+	@$(PIP) install -q -c constraints.txt -e '.[dev,plots]'
+	@mv $(STAMP).part $(STAMP)
+
+train: $(STAMP)
+	$(PY) benchmarks/train.py $(ARGS)
+
+# One thread for PyTorch in each of the two test processes: more only get in each other's way
+test: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy sb3_reinforce benchmarks
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

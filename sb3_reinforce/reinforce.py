@@ -1,0 +1,483 @@
+"""The REINFORCE algorithm."""
+
+import io
+import json
+import math
+import pathlib
+import zipfile
+from copy import deepcopy
+from typing import Any, ClassVar, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+
+from sb3_reinforce.baselines import FEATURE_MAPS, LinearBaseline
+from sb3_reinforce.buffers import EpisodeRolloutBuffer
+from sb3_reinforce.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, baseline_features, install_baseline
+from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
+
+SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
+
+
+class _Default(int):
+    """An integer that is a default value: it tells an argument that was left out from one that was given the same value."""
+
+
+class REINFORCE(OnPolicyAlgorithm):
+    """
+    REINFORCE: Monte-Carlo policy gradients with a closed-form state-value baseline and normalised advantages.
+
+    Each iteration collects whole episodes with the current policy, computes the discounted return that followed every
+    action, subtracts what the baseline (fitted to earlier batches) expected in that state, normalises, and takes one gradient
+    step on ``-mean(log pi(a|s) * advantage)``. Then the baseline is fitted to the batch.
+
+    Papers: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy), or a subclass of these. Subclasses of
+        SB3's ``ActorCriticPolicy`` work too: their critic branch is then the feature map of the baseline
+    :param env: The environment to learn from (if registered in Gym, can be str; it is then made without a render mode)
+    :param learning_rate: The learning rate (at least 0), it can be a function of the current progress remaining (from 1 to 0)
+    :param n_steps: Steps to collect for each environment per update, at least 1: episodes are started until ``n_steps *
+        n_envs`` transitions have been collected in all, and all of them are finished. Fewer make more but noisier updates
+    :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
+    :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early
+    :param max_grad_norm: The maximum value for the gradient clipping (above 0), None for no clipping
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE; -1: only at the beginning of the rollout
+    :param rollout_buffer_class: Rollout buffer class to use, a subclass of
+        :class:`~sb3_reinforce.buffers.EpisodeRolloutBuffer`. If ``None``, that class itself
+    :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
+    :param normalize_advantage: Whether to give the advantages of each batch mean 0 and standard deviation 1. Without it the
+        learning rate has to suit the scale of the rewards
+    :param n_episodes: Episodes to collect per update over all environments, at least 1 (more if there are more
+        environments), in the place of ``n_steps``. For rewards that come once an episode
+    :param max_episode_steps: Episodes are cut after this many steps, at least 1, and count as timed out, with a warning. It
+        keeps environments that never end from filling the memory
+    :param baseline: What the state-value baseline is linear in: "linear" (the features), "quadratic" (and their squares),
+        "random" (and fixed random tanh units of them), or None for no baseline. Richer ones reduce the variance of the
+        gradient when returns are no linear function of the state
+    :param baseline_memory: Weight of the batches before the latest one in the fit of the baseline, per batch, in [0, 1)
+    :param bootstrap_timeouts: Whether the baseline's value of the last observation is added to the reward when an episode
+        ends by a time limit, as SB3's algorithms do. For tasks that would go on without their time limit
+    :param normalize_observations: Whether the policy normalises vector observations with running statistics, which are
+        updated once a batch and saved with it
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the reported
+        success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug
+        messages
+    :param seed: Seed for the pseudo random generators. The actions and the environments' seeds of iteration k depend on the
+        seed and k alone
+    :param device: Device (cpu, cuda, ...) on which the code should be run. Setting it to auto, the code will be run on the
+        GPU if possible
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: when an argument is out of its range, or the spaces of the environment are not supported
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    rollout_buffer: EpisodeRolloutBuffer
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 1e-3,
+        n_steps: int | None = _Default(3000),
+        gamma: float = 0.97,
+        ent_coef: float = 0.0,
+        max_grad_norm: float | None = None,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        normalize_advantage: bool = True,
+        n_episodes: int | None = None,
+        max_episode_steps: int = 50_000,
+        baseline: str | None = "linear",
+        baseline_memory: float = 0.0,
+        bootstrap_timeouts: bool = False,
+        normalize_observations: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ):
+        if isinstance(n_steps, _Default):
+            n_steps = None if n_episodes is not None else int(n_steps)
+        super().__init__(
+            policy,
+            None,  # type: ignore[arg-type]  # see _attach_env
+            learning_rate=learning_rate,
+            n_steps=n_steps,  # type: ignore[arg-type]
+            gamma=gamma,
+            gae_lambda=1.0,
+            ent_coef=ent_coef,
+            vf_coef=0.0,
+            max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+        )
+        self.normalize_advantage = normalize_advantage
+        self.n_episodes = n_episodes
+        self.max_episode_steps = max_episode_steps
+        self.baseline = baseline
+        self.baseline_memory = baseline_memory
+        self.bootstrap_timeouts = bootstrap_timeouts
+        self.normalize_observations = normalize_observations
+
+        if env is not None:
+            self._attach_env(env, policy)
+        if _init_setup_model:
+            self._setup_model()
+
+    def _attach_env(self, env: GymEnv | str, policy: str | type[BasePolicy]) -> None:
+        """
+        Make, wrap and check the environment. SB3's own way draws every frame of an environment named by a string, and
+        refuses continuous actions without bounds, which a Gaussian does not need.
+        """
+        if isinstance(env, str):
+            env = gym.make(env)
+        self.env = self._wrap_env(env, self.verbose)
+        self.observation_space = self.env.observation_space
+        self.action_space = self.env.action_space
+        self.n_envs = self.env.num_envs
+        self._vec_normalize_env = unwrap_vec_normalize(self.env)
+
+        supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+        if not isinstance(self.action_space, supported):
+            raise ValueError(
+                f"REINFORCE supports the action spaces {', '.join(space.__name__ for space in supported)}, "
+                f"but the environment has {self.action_space}"
+            )
+        if policy in ("MlpPolicy", "CnnPolicy") and isinstance(self.observation_space, spaces.Dict):
+            raise ValueError(f"You must use `MultiInputPolicy` with a dictionary observation space, not {policy}")
+        if isinstance(self.action_space, spaces.Box):
+            bounds = np.array([self.action_space.low, self.action_space.high])
+            if np.isnan(bounds).any():
+                raise ValueError(f"The action space has NaN bounds: low={bounds[0]}, high={bounds[1]}")
+            if self.policy_kwargs.get("squash_output") and not np.isfinite(bounds).all():
+                raise ValueError(f"squash_output=True needs finite action bounds, got low={bounds[0]}, high={bounds[1]}")
+        elif self.use_sde:
+            raise ValueError(f"use_sde=True (gSDE) needs continuous actions, but the environment has {self.action_space}")
+
+    def _check_hyperparameters(self) -> None:
+        """
+        :raises ValueError: naming the first argument that is out of its range
+        """
+
+        def check(name: str, valid: bool, expected: str) -> None:
+            if not valid:
+                raise ValueError(f"{name} must be {expected}, got {name}={getattr(self, name)!r}")
+
+        def is_count(value: Any) -> bool:
+            return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
+
+        def is_real(value: Any) -> bool:
+            return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+
+        if (self.n_steps is None) == (self.n_episodes is None):
+            raise ValueError(
+                "Exactly one of n_steps and n_episodes says how much to collect for an update, the other is None; "
+                f"got n_steps={self.n_steps}, n_episodes={self.n_episodes}"
+            )
+        for name in ("n_steps", "n_episodes"):
+            check(name, getattr(self, name) is None or is_count(getattr(self, name)), "an integer of at least 1")
+        for name in ("max_episode_steps", "_stats_window_size"):
+            check(name, is_count(getattr(self, name)), "an integer of at least 1")
+        check("gamma", is_real(self.gamma) and 0 < self.gamma <= 1, "in (0, 1]")
+        check("ent_coef", is_real(self.ent_coef) and self.ent_coef >= 0, "finite and at least 0")
+        valid_rate = callable(self.learning_rate) or (is_real(self.learning_rate) and self.learning_rate >= 0)
+        check("learning_rate", valid_rate, "a schedule, or finite and at least 0")
+        valid_norm = self.max_grad_norm is None or (is_real(self.max_grad_norm) and self.max_grad_norm > 0)
+        check("max_grad_norm", valid_norm, "finite and above 0, or None for no clipping")
+        check("baseline", self.baseline is None or self.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
+        check("baseline_memory", is_real(self.baseline_memory) and 0 <= self.baseline_memory < 1, "in [0, 1)")
+        valid_buffer = self.rollout_buffer_class is None or (
+            isinstance(self.rollout_buffer_class, type) and issubclass(self.rollout_buffer_class, EpisodeRolloutBuffer)
+        )
+        check("rollout_buffer_class", valid_buffer, "a subclass of sb3_reinforce.buffers.EpisodeRolloutBuffer")
+        check("policy_class", issubclass(self.policy_class, ActorCriticPolicy), "a subclass of SB3's ActorCriticPolicy")
+        if not issubclass(self.policy_class, MlpPolicy):
+            own = "a policy of sb3_reinforce (or a subclass) is needed for anything else"
+            check("baseline", self.baseline in ("linear", None), f"'linear' or None with {self.policy_class.__name__}: {own}")
+            check("normalize_observations", not self.normalize_observations, f"False with {self.policy_class.__name__}: {own}")
+
+    def _setup_model(self) -> None:
+        self._check_hyperparameters()
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.rollout_buffer_class = self.rollout_buffer_class or EpisodeRolloutBuffer
+        self.rollout_buffer = self.rollout_buffer_class(  # type: ignore[assignment]
+            self.n_steps or 1024,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            gamma=self.gamma,
+            n_envs=self.n_envs,
+            **self.rollout_buffer_kwargs,
+        )
+        is_own = issubclass(self.policy_class, MlpPolicy)
+        own_kwargs: dict[str, Any] = dict(
+            baseline=self.baseline,
+            baseline_memory=self.baseline_memory,
+            normalize_observations=self.normalize_observations,
+        )
+        policy = self.policy_class(
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            use_sde=self.use_sde,
+            **(own_kwargs if is_own else {}),
+            **self.policy_kwargs,
+        )
+        assert isinstance(policy, ActorCriticPolicy)
+        if not is_own:
+            install_baseline(policy, self.baseline, self.baseline_memory)
+        self.policy = policy.to(self.device)
+        self._maybe_recommend_cpu("MlpPolicy")
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed the generators of Python, NumPy, PyTorch, the action space and the environments, and fix the noise of all
+        iterations to come.
+
+        :param seed: None leaves everything as it is
+        """
+        super().set_random_seed(seed)
+        if seed is not None:
+            self.seed = seed
+
+    def _rollout_rng(self) -> np.random.Generator:
+        """The randomness of the next rollout: a function of the seed and the number of updates, so that it can be resumed."""
+        if self.seed is not None:
+            return np.random.default_rng((self.seed, self._n_updates))
+        # Without a seed, follow NumPy's global generator as other SB3 algorithms follow PyTorch's
+        return np.random.default_rng(np.random.randint(2**32, size=4, dtype=np.uint32))
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: EpisodeRolloutBuffer,  # type: ignore[override]
+        n_rollout_steps: int | None,
+    ) -> bool:
+        """
+        Collect whole episodes with the current policy, and compute their returns and advantages.
+
+        :param env: The training environment
+        :param callback: Callback that will be called at each step (and at the beginning and end of the rollout)
+        :param rollout_buffer: Buffer to fill with episodes
+        :param n_rollout_steps: Number of transitions to collect per environment, None to collect ``n_episodes`` episodes
+        :return: False if the callback ended the rollout before its time
+        """
+        episodes = EpisodeTracker(
+            env.num_envs,
+            min_transitions=(n_rollout_steps or 0) * env.num_envs,
+            min_episodes=self.n_episodes or 0,
+            max_episode_steps=self.max_episode_steps,
+        )
+        rng = self._rollout_rng()
+        if not collect_episodes(self, env, callback, rollout_buffer, rng, episodes, self.bootstrap_timeouts):
+            return False
+
+        values = np.zeros(len(rollout_buffer.rewards))
+        if self.baseline is not None:
+            features = th.as_tensor(baseline_features(self.policy, rollout_buffer.observations), device=self.device)
+            values = self.policy.value_net(features).cpu().numpy().flatten()
+        rollout_buffer.compute_returns_and_advantage(values)
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def train(self) -> None:
+        """
+        Take one gradient step on the whole batch, then refit the baseline to it.
+        """
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+
+        advantage_std = self.rollout_buffer.advantages.std()
+        if self.normalize_advantage:
+            self.rollout_buffer.normalize_advantages()
+        (batch,) = self.rollout_buffer.get()
+        actions = batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
+
+        _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+        policy_loss = -(batch.advantages * log_prob).mean()
+        # Approximate the entropy when it has no analytical form
+        entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
+        loss = policy_loss + self.ent_coef * entropy_loss
+
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm).item()
+        if not math.isfinite(grad_norm):
+            self.policy.optimizer.zero_grad()
+            raise ValueError(
+                f"The gradient of update {self._n_updates + 1} is not finite (loss {loss.item()}): the step was not taken. "
+                "Rewards or observations may be too large: normalise them, or lower the learning rate"
+            )
+        self.policy.optimizer.step()
+        self._n_updates += 1
+
+        # Evaluation mode: measuring must not change the statistics of batch norm
+        self.policy.set_training_mode(False)
+        with th.no_grad():
+            _, new_log_prob, _ = self.policy.evaluate_actions(batch.observations, actions)
+            log_ratio = new_log_prob - log_prob
+            # Estimator k3 of http://joschu.net/blog/kl-approx.html
+            approx_kl = (th.exp(log_ratio) - 1 - log_ratio).mean().item()
+
+        self._refit_baseline()
+
+        values, returns = self.rollout_buffer.values, self.rollout_buffer.returns
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/policy_gradient_loss", policy_loss.item())
+        self.logger.record("train/entropy_loss", entropy_loss.item())
+        self.logger.record("train/grad_norm", grad_norm)
+        self.logger.record("train/approx_kl", approx_kl)
+        self.logger.record("train/advantage_std", advantage_std)
+        self.logger.record("train/explained_variance", explained_variance(values, returns))
+        self.logger.record("train/baseline_mse", np.mean((returns - values) ** 2))
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+
+    def _refit_baseline(self) -> None:
+        """
+        Bring the observation statistics up to date, then fit the baseline to the batch that has been learned from, with the
+        statistics and the feature extractor that it will be used with.
+        """
+        observations = self.rollout_buffer.observations
+        if self.normalize_observations:
+            assert isinstance(self.policy, MlpPolicy)
+            self.policy.observation_normalizer.update(observations)
+        if self.baseline is not None:
+            assert isinstance(self.policy.value_net, LinearBaseline)
+            self.policy.value_net.fit(baseline_features(self.policy, observations), self.rollout_buffer.returns)
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        # Whole episodes may go past total_timesteps: a schedule ends at 0 all the same
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+        learning_rate = self.lr_schedule(self._current_progress_remaining)
+        if not (math.isfinite(learning_rate) and learning_rate >= 0):
+            raise ValueError(
+                f"The learning rate must be finite and at least 0, but the schedule gives {learning_rate} "
+                f"at progress_remaining={self._current_progress_remaining}"
+            )
+        super()._update_learning_rate(optimizers)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self.env is None:
+            raise ValueError("The model has no environment to learn from: give one to load() or set_env()")
+        try:
+            return super()._setup_learn(*args, **kwargs)
+        except Exception as error:
+            if raised_within(self.env, error):
+                raise environment_error(self.env, error, "in reset()") from error
+            raise
+
+    def learn(
+        self: SelfREINFORCE,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "REINFORCE",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfREINFORCE:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a zip-file or a nested dictionary, see SB3. If they do not fit, nothing is changed.
+
+        :param load_path_or_dict: Location of the saved data (path or file-like), or a dictionary of state dictionaries
+        :param exact_match: If True, the given parameters should include parameters for each module and each of their
+            parameters, otherwise raises an Exception
+        :param device: Device on which the code should run
+        """
+        before = deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except Exception:
+            super().set_parameters(before)  # type: ignore[arg-type]
+            raise
+
+    @classmethod
+    def load(
+        cls: type[SelfREINFORCE],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        *args: Any,
+        **kwargs: Any,
+    ) -> SelfREINFORCE:
+        """
+        Load the model from a zip-file, see SB3's ``BaseAlgorithm.load``.
+
+        :param path: path to the file (or a file-like) where to load the agent from
+        :param args: as in SB3
+        :param kwargs: as in SB3
+        :return: new model instance with loaded parameters
+        :raises ValueError: if the file is damaged or holds a model of another algorithm, or if the spaces of the environment
+            are not those of the model
+        """
+        _check_model_file(path)
+        return super().load(path, *args, **kwargs)
+
+
+def _check_model_file(path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    """
+    :param path: where a model was saved, as for :meth:`REINFORCE.load`
+    :raises ValueError: if that is no complete file, or a model of another algorithm
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            saved = json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no complete model file: it is damaged, cut short, or was never one ({error})") from error
+    finally:
+        if isinstance(path, (str, pathlib.Path)):
+            file.close()
+    if not {"baseline", "max_episode_steps", "n_episodes"} & saved.keys():
+        raise ValueError(
+            f"{path} holds a model of another algorithm, not of REINFORCE (its policy class is "
+            f"{saved.get('policy_class', {}).get('__module__', 'unknown')}). Load it with the class that saved it"
+        )

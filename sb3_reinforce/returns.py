@@ -1,0 +1,68 @@
+"""
+Returns and advantages of whole episodes, as pure functions of NumPy arrays.
+
+A batch is a row of whole episodes, one behind the other: every array has one entry a transition, and ``episode_starts``
+marks the first transition of each episode. All sums are done in float64.
+"""
+
+import numpy as np
+
+
+def steps_to_episode_end(episode_starts: np.ndarray) -> np.ndarray:
+    """
+    Count, for every transition, how many transitions of its episode follow it.
+
+    :param episode_starts: (n_transitions,) True at the first transition of each episode; the first entry must be True
+    :return: (n_transitions,) integers, 0 at the last transition of an episode
+    :raises ValueError: if the batch is empty, or does not begin with an episode's first transition
+    """
+    episode_starts = np.asarray(episode_starts, dtype=bool)
+    if episode_starts.size == 0 or not episode_starts[0]:
+        raise ValueError(
+            "A batch must hold at least one transition and begin with the first transition of an episode, "
+            f"got episode_starts={episode_starts}"
+        )
+    starts = np.flatnonzero(episode_starts)
+    ends = np.append(starts[1:], episode_starts.size)
+    return np.repeat(ends, ends - starts) - 1 - np.arange(episode_starts.size)
+
+
+def discounted_returns(rewards: np.ndarray, episode_starts: np.ndarray, gamma: float) -> np.ndarray:
+    """
+    Monte-Carlo reward-to-go, ``G_t = sum_l gamma^l r_(t+l)`` up to the end of the episode that t belongs to
+    (Williams, 1992; Sutton & Barto, 2018, section 13.3).
+
+    Recursive doubling: once each entry holds the discounted sum of its next ``n`` rewards, adding ``gamma^n`` times the
+    entry ``n`` steps ahead makes that ``2 n``. The number of passes over the batch is the binary logarithm of the longest
+    episode (Hillis & Steele, 1986, "Data parallel algorithms").
+
+    :param rewards: (n_transitions,) rewards of whole episodes, any unit
+    :param episode_starts: (n_transitions,) True at the first transition of each episode
+    :param gamma: discount factor per step, in (0, 1]
+    :return: (n_transitions,) float64, same unit as the rewards
+    """
+    remaining = steps_to_episode_end(episode_starts)
+    returns = np.array(rewards, dtype=np.float64)
+    span, discount, longest = 1, gamma, remaining.max()
+    while span <= longest:
+        returns[:-span] += np.where(remaining[:-span] >= span, discount * returns[span:], 0.0)
+        span, discount = 2 * span, discount * discount
+    return returns
+
+
+def batch_normalise(advantages: np.ndarray, eps: float = 1e-8) -> np.ndarray:
+    """
+    Shift and scale advantages to mean 0 and standard deviation 1 over the batch.
+
+    This makes the size of a policy update independent of the unit of the rewards (Mnih & Gregor, 2014, section 2.3). When
+    all advantages are equal the batch prefers no action to any other, so the result is exactly zero.
+
+    :param advantages: (n_transitions,) advantages of one batch, in the unit of the rewards
+    :param eps: added to the population standard deviation so that a tiny spread is not blown up, same unit
+    :return: (n_transitions,) float64, dimensionless
+    """
+    advantages = np.asarray(advantages, dtype=np.float64)
+    if np.ptp(advantages) == 0.0:
+        return np.zeros_like(advantages)
+    centred = advantages - advantages.mean()
+    return centred / (centred.std() + eps)

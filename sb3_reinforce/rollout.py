@@ -1,0 +1,277 @@
+"""Collecting whole episodes from a ``VecEnv`` of any number of environments."""
+
+import traceback
+import warnings
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_reinforce.buffers import EpisodeRolloutBuffer
+from sb3_reinforce.sampling import actions_for_env, make_actor, reset_noise
+
+
+class EpisodeTracker:
+    """
+    Which environments are within an episode of the rollout, which are idle, and when to start no more episodes.
+
+    An environment that ends an episode starts another while fewer than ``min_transitions`` transitions have been collected,
+    or fewer than ``min_episodes`` episodes started; after that it is idle. Every episode that is started is finished, so
+    whether an episode gets into the batch never depends on the episode itself: the batch is not biased towards short ones.
+
+    :param n_envs: number of environments
+    :param min_transitions: transitions wanted, over all environments
+    :param min_episodes: episodes wanted, over all environments
+    :param max_episode_steps: an episode that takes as many steps is cut there
+    """
+
+    def __init__(self, n_envs: int, min_transitions: int, min_episodes: int, max_episode_steps: int):
+        self.min_transitions = min_transitions
+        self.min_episodes = min_episodes
+        self.max_episode_steps = max_episode_steps
+        self.active = np.zeros(n_envs, dtype=bool)
+        self.steps = np.zeros(n_envs, dtype=int)
+        self.episodes = np.zeros(n_envs, dtype=int)
+        self.n_transitions = self.n_started = self.n_finished = 0
+
+    def wants_more(self) -> bool:
+        """Whether another episode has to be started."""
+        return self.n_transitions < self.min_transitions or self.n_started < self.min_episodes
+
+    def start_all(self) -> None:
+        """All environments are at the start of an episode."""
+        self.active[:] = True
+        self.steps[:] = 0
+        self.episodes += 1
+        self.n_started += len(self.active)
+
+    def step(self, dones: np.ndarray) -> np.ndarray:
+        """
+        Take note of one step of all environments.
+
+        :param dones: (n_envs,) active environments whose episode has ended, and that are at the start of another
+        :return: (n_envs,) active environments whose episode is cut here: they are idle from now on, because only all
+            environments together can be reset
+        """
+        self.n_transitions += int(np.count_nonzero(self.active))
+        self.steps += 1
+        cut = self.active & ~dones & (self.steps >= self.max_episode_steps)
+        for idx in np.flatnonzero(dones | cut):
+            self.n_finished += 1
+            self.active[idx] = self.wants_more() and not cut[idx]
+            if self.active[idx]:
+                self.steps[idx] = 0
+                self.episodes[idx] += 1
+                self.n_started += 1
+        return cut
+
+
+def collect_episodes(
+    model: OnPolicyAlgorithm,
+    env: VecEnv,
+    callback: BaseCallback,
+    rollout_buffer: EpisodeRolloutBuffer,
+    rng: np.random.Generator,
+    episodes: EpisodeTracker,
+    bootstrap_timeouts: bool,
+) -> bool:
+    """
+    Fill a buffer with whole episodes, as many as an :class:`EpisodeTracker` wants.
+
+    A ``VecEnv`` cannot step some of its members: idle ones are stepped along, which counts as ``num_timesteps``, but what
+    they return goes nowhere. For them, callbacks see a reward of 0, no end of an episode, and empty infos.
+
+    :param model: the algorithm: its policy acts, its counters and statistics are kept up to date
+    :param env: the environments
+    :param callback: called at the start of the rollout and after every step, with the local variables of this function
+    :param rollout_buffer: is emptied, then filled
+    :param rng: supplies the randomness of actions and, when the model has a seed, of the environments
+    :param episodes: a new tracker
+    :param bootstrap_timeouts: whether, at a time-out, the baseline's value of the last observation stands for the rewards
+        that would have followed (Pardo et al., 2018; SB3 issue 633)
+    :return: False if the callback stopped the rollout; it cannot be learned from then
+    :raises ValueError: when a reward, an observation or the policy's output is NaN or infinite
+    :raises RuntimeError: when an environment raises
+    """
+    policy = model.policy
+    policy.set_training_mode(False)
+    act = make_actor(policy)
+    rollout_buffer.reset()
+    if model.use_sde:
+        reset_noise(policy, env.num_envs, rng)
+    # Environments that ended an episode with the last rollout are at the start of another. A seeded model resets them all
+    # the same, so that their seeds depend on the iteration alone and not on what happened before
+    at_start = model._last_episode_starts
+    # Whatever may end this rollout early, the environments are somewhere within episodes then
+    model._last_episode_starts = np.zeros(env.num_envs, dtype=bool)
+    callback.on_rollout_start()
+
+    n_steps = 0
+    while episodes.wants_more():
+        if model.seed is not None or not np.all(at_start):
+            if model.seed is not None:
+                env.seed(int(rng.integers(2**31)))
+            try:
+                model._last_obs = env.reset()  # type: ignore[assignment]
+            except Exception as error:
+                raise environment_error(env, error, "in reset()") from error
+        episodes.start_all()
+        episode_starts = np.ones(env.num_envs, dtype=bool)
+        check_finite("observation", model._last_obs, episodes)
+
+        while episodes.active.any():
+            if model.use_sde and model.sde_sample_freq > 0 and n_steps % model.sde_sample_freq == 0:
+                reset_noise(policy, env.num_envs, rng)
+            actions = act(model._last_obs, rng)  # type: ignore[arg-type]
+            clipped_actions = actions_for_env(policy, actions)
+            new_obs, rewards, dones, infos = step_env(env, clipped_actions, episodes)
+            model.num_timesteps += env.num_envs
+            n_steps += 1
+            at_start = dones
+
+            active = episodes.active.copy()
+            if not active.all():
+                rewards, dones = np.where(active, rewards, 0.0), dones & active
+                infos = [info if is_active else {} for info, is_active in zip(infos, active, strict=True)]
+
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            model._update_info_buffer(infos, dones)
+
+            cut = episodes.step(dones)
+            if cut.any():
+                warn_about_cut(model, env, episodes.max_episode_steps)
+            if bootstrap_timeouts:
+                rewards = rewards + model.gamma * timeout_values(policy, infos, new_obs, cut)
+            rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active)  # type: ignore[arg-type]
+            episode_starts = dones
+            model._last_obs = new_obs
+
+    model._last_episode_starts = at_start
+    rollout_buffer.finish()
+    model.logger.record("rollout/episodes", episodes.n_finished)
+    model.logger.record("rollout/transitions", episodes.n_transitions)
+    model.logger.record("rollout/idle_fraction", 1.0 - episodes.n_transitions / (n_steps * env.num_envs))
+    return True
+
+
+def timeout_values(
+    policy: ActorCriticPolicy, infos: list[dict[str, Any]], new_obs: np.ndarray | dict[str, np.ndarray], cut: np.ndarray
+) -> np.ndarray:
+    """
+    The baseline's value of what follows a time-out; 0 where there was none.
+
+    :param policy: has the baseline
+    :param infos: (n_envs) of one step
+    :param new_obs: (n_envs, ...) of the same step
+    :param cut: (n_envs,) environments whose episode was cut without their taking part in it
+    :return: (n_envs,) discounted rewards expected from the last observation of each episode that has timed out
+    """
+    values = np.zeros(len(infos))
+    for idx, info in enumerate(infos):
+        if cut[idx]:
+            last_obs = {key: obs[idx] for key, obs in new_obs.items()} if isinstance(new_obs, dict) else new_obs[idx]
+        elif info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
+            last_obs = info["terminal_observation"]
+        else:
+            continue
+        with th.no_grad():
+            values[idx] = policy.predict_values(policy.obs_to_tensor(last_obs)[0]).item()
+    return values
+
+
+def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker) -> Any:
+    """``env.step(actions)``, with errors that say where they come from, and a check of everything that is returned."""
+    try:
+        new_obs, rewards, dones, infos = env.step(actions)
+    except Exception as error:
+        raise environment_error(env, error, "in step()", episodes) from error
+    check_finite("reward", rewards, episodes)
+    check_finite("observation", new_obs, episodes)
+    for idx in np.flatnonzero(dones & episodes.active):
+        check_finite("terminal observation", infos[idx].get("terminal_observation"), episodes, idx)
+    return new_obs, rewards, dones, infos
+
+
+def check_finite(name: str, values: Any, episodes: EpisodeTracker, env_idx: Any = None) -> None:
+    """
+    Check that what active environments have returned is finite.
+
+    :param name: what it is
+    :param values: (n_envs, ...), or of the environment env_idx alone, or a dictionary of these
+    :param episodes: says which environments are active, and where in which episode
+    :param env_idx: the environment that the values are of, None for all
+    :raises ValueError: if a value is NaN or infinite
+    """
+    for key, array in values.items() if isinstance(values, dict) else [("", values)]:
+        if array is None or array.dtype.kind != "f" or np.isfinite(array).all():
+            continue
+        for idx, value in enumerate(array) if env_idx is None else [(env_idx, array)]:
+            if episodes.active[idx] and not np.isfinite(value).all():
+                raise ValueError(
+                    f"Environment {idx} returned the {name} {np.asarray(value).tolist()}{f' under {key!r}' if key else ''} "
+                    f"{where(episodes, idx)}. It must be finite: nothing was learned from this rollout, and the environment "
+                    "has to be mended, or wrapped in something that replaces such values"
+                )
+
+
+def where(episodes: EpisodeTracker, env_idx: int) -> str:
+    """The place of an environment's current step, in words; the step that is being taken counts."""
+    return f"at step {episodes.steps[env_idx] + 1} of its episode {episodes.episodes[env_idx]} in this rollout"
+
+
+def environment_error(env: VecEnv, error: Exception, doing: str, episodes: EpisodeTracker | None = None) -> RuntimeError:
+    """
+    Say which environment raised, and where in its episode it was.
+
+    :param env: the environments
+    :param error: what was raised
+    :param doing: what they were doing, in words
+    :param episodes: says at which step of which episode they were; None if they were in none
+    :return: the error to raise from it
+    """
+    idx = _index_of_culprit(env, error)
+    who = f"Environment {idx}" if idx is not None else f"One of the {env.num_envs} environments"
+    place = f" {where(episodes, idx)}" if episodes is not None and idx is not None else ""
+    return RuntimeError(f"{who} raised {type(error).__name__} {doing}{place}: {error}")
+
+
+def raised_within(env: VecEnv, error: Exception) -> bool:
+    """Whether an error was raised by a method of the environments, or by something that it called."""
+    return any(frame.f_locals.get("self") is env for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _index_of_culprit(env: VecEnv, error: Exception) -> int | None:
+    """The index of the environment that raised, as far as one can tell from outside of the ``VecEnv``."""
+    if env.num_envs == 1:
+        return 0
+    # SubprocVecEnv: the process of the environment has died
+    for idx, process in enumerate(getattr(env.unwrapped, "processes", [])):
+        process.join(timeout=0.1)
+        if not process.is_alive():
+            return idx
+    # DummyVecEnv: it loops over its environments
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_locals.get("self") is env.unwrapped and "env_idx" in frame.f_locals:
+            return int(frame.f_locals["env_idx"])
+    return None
+
+
+def warn_about_cut(model: OnPolicyAlgorithm, env: VecEnv, max_episode_steps: int) -> None:
+    """Warn that an episode was cut, once for each model."""
+    if getattr(model, "_warned_about_cut", False):
+        return
+    model._warned_about_cut = True  # type: ignore[attr-defined]
+    spec = env.get_attr("spec", 0)[0]
+    name = spec.id if spec is not None else type(env.get_attr("unwrapped", 0)[0]).__name__
+    warnings.warn(
+        f"An episode of {name} was cut after max_episode_steps={max_episode_steps} steps and counts as timed out. REINFORCE "
+        "learns from whole episodes: give the environment a time limit (`max_episode_steps` of gymnasium.make, or "
+        "gymnasium.wrappers.TimeLimit), or raise max_episode_steps if its episodes are meant to be longer",
+        stacklevel=2,
+    )
