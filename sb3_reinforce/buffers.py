@@ -163,6 +163,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         else:
             observations = self.to_torch(self.observations[batch_inds])
         others = (self.actions, self.values, self.advantages, self.returns)
-        return EpisodeBufferSamples(
-            observations, *(self.to_torch(array[batch_inds].astype(np.float32, copy=False)) for array in others)
-        )
+        # What is too large for float32 becomes infinite, which the update refuses
+        with np.errstate(over="ignore"):
+            tensors = [self.to_torch(array[batch_inds].astype(np.float32, copy=False)) for array in others]
+        return EpisodeBufferSamples(observations, *tensors)

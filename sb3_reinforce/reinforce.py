@@ -24,6 +24,7 @@ from sb3_reinforce.baselines import FEATURE_MAPS, LinearBaseline
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
 from sb3_reinforce.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, baseline_features, install_baseline
 from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
+from sb3_reinforce.sampling import nan_explained
 
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
@@ -231,6 +232,7 @@ class REINFORCE(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._check_hyperparameters()
         self._setup_lr_schedule()
+        self._check_learning_rate(1.0)
         self.set_random_seed(self.seed)
         self.rollout_buffer_class = self.rollout_buffer_class or EpisodeRolloutBuffer
         self.rollout_buffer = self.rollout_buffer_class(  # type: ignore[assignment]
@@ -319,6 +321,9 @@ class REINFORCE(OnPolicyAlgorithm):
     def train(self) -> None:
         """
         Take one gradient step on the whole batch, then refit the baseline to it.
+
+        :raises ValueError: when the gradient, or the policy after the step, is not finite: the weights are then those from
+            before the step
         """
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
@@ -334,31 +339,14 @@ class REINFORCE(OnPolicyAlgorithm):
         policy_loss = -(batch.advantages * log_prob).mean()
         # Approximate the entropy when it has no analytical form
         entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
-        loss = policy_loss + self.ent_coef * entropy_loss
-
-        self.policy.optimizer.zero_grad()
-        loss.backward()
-        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm).item()
-        if not math.isfinite(grad_norm):
-            self.policy.optimizer.zero_grad()
-            raise ValueError(
-                f"The gradient of update {self._n_updates + 1} is not finite (loss {loss.item()}): the step was not taken. "
-                "Rewards or observations may be too large: normalise them, or lower the learning rate"
-            )
-        self.policy.optimizer.step()
+        grad_norm = self._compute_gradient(policy_loss + self.ent_coef * entropy_loss)
+        new_log_prob = self._take_step(batch.observations, actions)
         self._n_updates += 1
-
-        # Evaluation mode: measuring must not change the statistics of batch norm
-        self.policy.set_training_mode(False)
-        with th.no_grad():
-            _, new_log_prob, _ = self.policy.evaluate_actions(batch.observations, actions)
-            log_ratio = new_log_prob - log_prob
-            # Estimator k3 of http://joschu.net/blog/kl-approx.html
-            approx_kl = (th.exp(log_ratio) - 1 - log_ratio).mean().item()
-
         self._refit_baseline()
 
+        # Estimator k3 of http://joschu.net/blog/kl-approx.html
+        log_ratio = new_log_prob - log_prob.detach()
+        approx_kl = (th.exp(log_ratio) - 1 - log_ratio).mean().item()
         values, returns = self.rollout_buffer.values, self.rollout_buffer.returns
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/policy_gradient_loss", policy_loss.item())
@@ -370,6 +358,51 @@ class REINFORCE(OnPolicyAlgorithm):
         self.logger.record("train/baseline_mse", np.mean((returns - values) ** 2))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+
+    def _compute_gradient(self, loss: th.Tensor) -> float:
+        """
+        Leave the gradient of the loss, clipped if asked for, in the parameters.
+
+        :param loss: a scalar
+        :return: norm of the gradient before clipping
+        :raises ValueError: if it is not finite
+        """
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm).item()
+        if not math.isfinite(grad_norm):
+            self.policy.optimizer.zero_grad()
+            raise ValueError(
+                f"The gradient of update {self._n_updates + 1} is not finite (loss {loss.item()}): the step was not taken. "
+                "Rewards, observations or coefficients may be too large: scale them down"
+            )
+        return grad_norm
+
+    def _take_step(self, observations: th.Tensor | TensorDict, actions: th.Tensor) -> th.Tensor:
+        """
+        Let the optimiser take a step, and undo it if the policy is no good after it.
+
+        :param observations: (n_transitions, ...) of the batch
+        :param actions: (n_transitions, ...) of the batch
+        :return: (n_transitions,) log-probabilities of the actions after the step
+        :raises ValueError: if they are not finite
+        """
+        weights = [parameter.detach().clone() for parameter in self.policy.parameters()]
+        self.policy.optimizer.step()
+        # Evaluation mode: a look at the new policy must not change the statistics of batch norm
+        self.policy.set_training_mode(False)
+        with th.no_grad():
+            try:
+                with nan_explained():
+                    _, log_prob, _ = self.policy.evaluate_actions(observations, actions)
+                if not th.isfinite(log_prob).all():
+                    raise ValueError("The policy's output is not finite: its own actions have log-probabilities that are not")
+                return log_prob
+            except ValueError as error:
+                for parameter, before in zip(self.policy.parameters(), weights, strict=True):
+                    parameter.copy_(before)
+                raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
 
     def _refit_baseline(self) -> None:
         """
@@ -387,13 +420,16 @@ class REINFORCE(OnPolicyAlgorithm):
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         # Whole episodes may go past total_timesteps: a schedule ends at 0 all the same
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
-        learning_rate = self.lr_schedule(self._current_progress_remaining)
+        self._check_learning_rate(self._current_progress_remaining)
+        super()._update_learning_rate(optimizers)
+
+    def _check_learning_rate(self, progress_remaining: float) -> None:
+        learning_rate = self.lr_schedule(progress_remaining)
         if not (math.isfinite(learning_rate) and learning_rate >= 0):
             raise ValueError(
-                f"The learning rate must be finite and at least 0, but the schedule gives {learning_rate} "
-                f"at progress_remaining={self._current_progress_remaining}"
+                f"learning_rate must be finite and at least 0, but the schedule gives {learning_rate} "
+                f"at progress_remaining={progress_remaining}"
             )
-        super()._update_learning_rate(optimizers)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:

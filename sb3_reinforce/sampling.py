@@ -113,7 +113,8 @@ class Actor:
         """
         with th.no_grad():
             obs_tensor = obs_as_tensor(observations, self.policy.device)
-            distribution = self.policy.get_distribution(obs_tensor)
+            with nan_explained():
+                distribution = self.policy.get_distribution(obs_tensor)
             actions = self._sample(distribution, rng)
         return actions.reshape((-1, *self.policy.action_space.shape))  # type: ignore[misc]
 
@@ -224,6 +225,21 @@ def actions_for_env(policy: ActorCriticPolicy, actions: np.ndarray) -> np.ndarra
         return policy.unscale_action(actions)
     # What np.clip does, in a third of the time for a handful of numbers
     return np.minimum(np.maximum(actions, policy.action_space.low), policy.action_space.high)
+
+
+@contextmanager
+def nan_explained() -> Iterator[None]:
+    """
+    Say what it means when PyTorch refuses to make a distribution of parameters that are NaN.
+
+    :raises ValueError: in the words used everywhere else for it
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "to satisfy the constraint" not in str(error):
+            raise
+        raise ValueError(f"The policy's output is not finite: {error}") from error
 
 
 @contextmanager

@@ -1,0 +1,448 @@
+"""The algorithm: against the article's, written out once more; its update; its seeds; its arguments; its model files."""
+
+import io
+import zipfile
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
+
+from sb3_reinforce import REINFORCE
+from tests.envs import RandomEnv, ScriptedEnv, scripted
+
+LANDER = "LunarLanderContinuous-v3"
+
+
+def weights(model: REINFORCE) -> np.ndarray:
+    return np.concatenate([value.numpy().ravel().copy() for value in model.policy.state_dict().values()])
+
+
+class Rollouts(BaseCallback):
+    """Copies of the buffer at the end of each rollout, and of what the last update left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[dict[str, Any]] = []
+        self.gradients: list[np.ndarray] = []
+        self.baselines: list[np.ndarray] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.buffers:
+            self.after_update()
+
+    def _on_rollout_end(self) -> None:
+        names = ("observations", "actions", "rewards", "episode_starts", "returns", "advantages")
+        self.buffers.append({name: getattr(self.model.rollout_buffer, name).copy() for name in names})
+
+    def _on_training_end(self) -> None:
+        self.after_update()
+
+    def after_update(self) -> None:
+        policy = self.model.policy
+        self.gradients.append(np.concatenate([p.grad.numpy().ravel().copy() for p in policy.parameters()]))
+        self.baselines.append(np.append(policy.value_net.weight.numpy(), policy.value_net.bias.numpy()))
+
+
+class Article:
+    """The article's algorithm as a plain loop, with none of the code of this package."""
+
+    def __init__(self, policy: Any):
+        self.mean = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+        mine = [self.mean[0], self.mean[2], self.mean[4]]
+        theirs = [policy.mlp_extractor.policy_net[0], policy.mlp_extractor.policy_net[2], policy.action_net]
+        for layer, source in zip(mine, theirs, strict=True):
+            layer.load_state_dict(source.state_dict())
+        self.log_std = nn.Parameter(th.zeros(2))
+        self.parameters = [self.log_std, *self.mean.parameters()]
+        self.optimizer = th.optim.Adam(self.parameters, lr=1e-3)
+        self.coefficients = np.zeros(9)
+
+    def learn(self, batch: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        states, actions = batch["observations"], batch["actions"]
+        returns = np.zeros(len(states))
+        running = 0.0
+        for t in reversed(range(len(states))):
+            running = float(batch["rewards"][t]) + 0.97 * running
+            returns[t] = running
+            if batch["episode_starts"][t]:
+                running = 0.0
+        design = np.column_stack([states.astype(np.float64), np.ones(len(states))])
+        advantages = returns - design @ self.coefficients
+        normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+        mean = self.mean(th.as_tensor(states))
+        squares = (th.as_tensor(actions) - mean) ** 2 / (2 * th.exp(2 * self.log_std))
+        log_prob = (-squares - self.log_std - 0.5 * np.log(2 * np.pi)).sum(dim=1)
+        loss = -(log_prob * th.as_tensor(normalised, dtype=th.float32)).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        gradient = np.concatenate([parameter.grad.numpy().ravel().copy() for parameter in self.parameters])
+
+        # Least squares around the means, as scikit-learn's LinearRegression does it
+        slope = np.linalg.lstsq(design[:, :8] - design[:, :8].mean(0), returns - returns.mean(), rcond=None)[0]
+        self.coefficients = np.append(slope, returns.mean() - design[:, :8].mean(0) @ slope)
+        return returns, advantages, gradient, self.coefficients
+
+
+def test_is_the_articles_algorithm():
+    """Both see the same episodes; four batches in a row, so that every later step rests on the earlier ones."""
+    rollouts = Rollouts()
+    model = REINFORCE("MlpPolicy", LANDER, n_steps=500, seed=3)
+    article = Article(model.policy)
+    model.learn(2000, callback=rollouts)
+    assert len(rollouts.buffers) >= 4
+    for batch, gradient, baseline in zip(rollouts.buffers, rollouts.gradients, rollouts.baselines, strict=True):
+        returns, advantages, expected_gradient, coefficients = article.learn(batch)
+        np.testing.assert_allclose(batch["returns"], returns, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(batch["advantages"], advantages, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(baseline, coefficients, rtol=1e-5, atol=1e-5)
+
+
+def test_defaults_are_the_articles():
+    model = REINFORCE("MlpPolicy", LANDER)
+    assert (model.n_steps, model.n_episodes, model.gamma, model.learning_rate) == (3000, None, 0.97, 1e-3)
+    assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("linear", 0.0, True)
+    assert (model.bootstrap_timeouts, model.normalize_observations) == (False, False)
+    assert (model.ent_coef, model.max_grad_norm) == (0.0, None)
+    assert model.get_env().get_attr("render_mode") == [None]
+
+
+class TestUpdate:
+    @staticmethod
+    def gradient(n_updates: int = 1, **kwargs: Any) -> np.ndarray:
+        rollouts = Rollouts()
+        model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=100, seed=0, baseline=None, **kwargs)
+        model.learn(100, callback=rollouts)
+        return rollouts.gradients[0]
+
+    def test_max_grad_norm_clips_the_gradient(self):
+        free, clipped = self.gradient(), self.gradient(max_grad_norm=1e-3)
+        np.testing.assert_allclose(clipped, free * 1e-3 / np.linalg.norm(free), rtol=1e-4, atol=1e-9)
+
+    def test_the_entropy_bonus_raises_the_entropy(self):
+        def entropy_loss(ent_coef: float) -> float:
+            model = REINFORCE("MlpPolicy", "Pendulum-v1", n_steps=200, seed=0, ent_coef=ent_coef, learning_rate=1e-2)
+            model.learn(2000)
+            return model.logger.name_to_value["train/entropy_loss"]
+
+        assert entropy_loss(1.0) < entropy_loss(0.0) - 0.05
+
+    def test_advantages_are_normalised_only_if_asked_for(self):
+        plain, normalised = self.gradient(normalize_advantage=False), self.gradient()
+        assert np.linalg.norm(plain) > 5 * np.linalg.norm(normalised)
+
+    def test_equal_returns_move_nothing(self):
+        class Constant(ScriptedEnv):
+            def step(self, action: np.ndarray) -> Any:
+                observation, _, *rest = super().step(action)
+                return observation, 1.0, *rest
+
+        for lengths, n_steps in ([1], 1), ([1], 50):
+            model = REINFORCE("MlpPolicy", Constant(lengths), n_steps=n_steps, seed=0)
+            before = weights(model)[:-4]
+            model.learn(3 * n_steps)
+            np.testing.assert_array_equal(weights(model)[:-4], before)
+            np.testing.assert_allclose(model.policy.value_net.bias, [1.0])
+
+    def test_the_baseline_of_a_batch_is_the_fit_to_the_one_before(self):
+        model = REINFORCE("MlpPolicy", LANDER, n_steps=300, seed=0)
+        model.learn(300)
+        assert not model.rollout_buffer.values.any()
+        earlier = model.rollout_buffer.observations.copy(), model.rollout_buffer.returns.copy()
+        model.learn(300, reset_num_timesteps=False)
+        design = np.column_stack([earlier[0], np.ones(len(earlier[0]))]).astype(np.float64)
+        coefficients = np.linalg.lstsq(design, earlier[1], rcond=None)[0]
+        now = model.rollout_buffer.observations
+        np.testing.assert_allclose(
+            model.rollout_buffer.values, np.column_stack([now, np.ones(len(now))]) @ coefficients, rtol=1e-4, atol=1e-4
+        )
+
+    def test_no_baseline_means_that_advantages_are_returns(self):
+        model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=100, baseline=None, normalize_advantage=False)
+        model.learn(300)
+        np.testing.assert_array_equal(model.rollout_buffer.advantages, model.rollout_buffer.returns)
+        assert not model.policy.value_net.weight.any()
+
+    def test_observation_statistics_are_updated_once_a_batch_from_raw_observations(self):
+        model = REINFORCE("MlpPolicy", LANDER, n_steps=300, normalize_observations=True)
+        seen = []
+
+        def callback(locals_: dict, globals_: dict) -> bool:
+            seen.append(model.policy.observation_normalizer.mean_0.numpy().copy())
+            return True
+
+        model.learn(300, callback=callback)
+        assert not np.any(seen)
+        observations = model.rollout_buffer.observations
+        np.testing.assert_allclose(model.policy.observation_normalizer.mean_0, observations.mean(0), atol=1e-4)
+        # The baseline is fitted to what it will see: normalised observations
+        returns = model.rollout_buffer.returns
+        np.testing.assert_allclose(model.policy.value_net.bias.item(), returns.mean(), rtol=1e-3, atol=0.1)
+
+    def test_a_gradient_that_is_not_finite_is_not_applied(self):
+        model = REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8, normalize_advantage=False, baseline=None, seed=0)
+        model.env.envs[0].unwrapped.spoil = lambda what, episode, step, value: 3e38 if what == "reward" else value
+        before = weights(model)
+        with pytest.raises(ValueError, match="gradient of update 1 is not finite"):
+            model.learn(8)
+        np.testing.assert_array_equal(weights(model), before)
+
+    def test_a_step_that_breaks_the_policy_is_undone(self):
+        model = REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8, learning_rate=1e30, seed=0)
+        before = weights(model)
+        with pytest.raises(ValueError, match="Update 1 was undone: lower the learning rate"):
+            model.learn(8)
+        np.testing.assert_array_equal(weights(model), before)
+        model.learning_rate = 1e-3
+        model._setup_lr_schedule()
+        model.learn(16)
+
+    @pytest.mark.parametrize("rate", [np.nan, -1.0, np.inf])
+    def test_a_schedule_that_gives_no_learning_rate_is_refused(self, rate: float):
+        with pytest.raises(ValueError, match=r"learning_rate must be finite .* progress_remaining=1.0"):
+            REINFORCE("MlpPolicy", ScriptedEnv([4]), learning_rate=lambda progress: rate)
+        model = REINFORCE(
+            "MlpPolicy", ScriptedEnv([4]), n_steps=8, learning_rate=lambda progress: 0.1 if progress == 1 else rate, seed=0
+        )
+        before = weights(model)
+        with pytest.raises(ValueError, match=r"learning_rate must be finite .* progress_remaining=0.0"):
+            model.learn(8)
+        np.testing.assert_array_equal(weights(model), before)
+
+    def test_schedules_end_at_zero_although_episodes_overshoot(self):
+        rates = []
+
+        def schedule(progress: float) -> float:
+            rates.append(progress)
+            return 1e-3 * progress
+
+        REINFORCE("MlpPolicy", ScriptedEnv([7]), n_steps=10, learning_rate=schedule).learn(20)
+        assert min(rates) == 0
+
+
+class TestSeeds:
+    @pytest.mark.parametrize("n_envs", [1, 4])
+    def test_one_seed_gives_identical_weights_and_another_does_not(self, n_envs: int):
+        def train(seed: int) -> np.ndarray:
+            env = DummyVecEnv([lambda: gym.make(LANDER) for _ in range(n_envs)])
+            return weights(REINFORCE("MlpPolicy", env, n_steps=400 // n_envs, seed=seed, baseline="random").learn(1200))
+
+        first = train(1)
+        np.testing.assert_array_equal(first, train(1))
+        assert not np.array_equal(first, train(2))
+
+    def test_iterations_differ(self):
+        model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=50, seed=0, learning_rate=0.0)
+        model.learn(50)
+        first = model.rollout_buffer.observations.copy()
+        model.learn(50, reset_num_timesteps=False)
+        assert not np.array_equal(first[:5], model.rollout_buffer.observations[:5])
+
+    def test_set_random_seed_fixes_what_follows(self):
+        results = []
+        for _ in range(2):
+            model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=50, seed=0)
+            model.set_random_seed(7)
+            results.append(weights(model.learn(150)))
+        np.testing.assert_array_equal(*results)
+        assert model.seed == 7
+
+    def test_an_unseeded_model_follows_the_global_generators(self):
+        results = []
+        for _ in range(2):
+            np.random.seed(0)
+            th.manual_seed(0)
+            model = REINFORCE("MlpPolicy", ScriptedEnv([5]), n_steps=50)
+            results.append(weights(model.learn(150)))
+        np.testing.assert_array_equal(*results)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("argument", "value"),
+        [
+            *[("n_steps", value) for value in (0, -1, 2.5, "3", True, None)],
+            *[("n_episodes", value) for value in (0, -3, 1.5, True)],
+            *[("gamma", value) for value in (0.0, -0.1, 1.1, np.nan, None)],
+            *[("ent_coef", value) for value in (-0.1, np.nan, np.inf)],
+            *[("max_grad_norm", value) for value in (0.0, -1.0, np.nan, np.inf)],
+            *[("learning_rate", value) for value in (-1e-3, np.nan, np.inf)],
+            *[("max_episode_steps", value) for value in (0, 1.5)],
+            *[("baseline_memory", value) for value in (-0.1, 1.0, np.nan)],
+            ("baseline", "cubic"),
+            ("stats_window_size", 0),
+            ("rollout_buffer_class", RolloutBuffer),
+        ],
+    )
+    def test_out_of_range_is_refused_by_name_and_value(self, argument: str, value: Any):
+        with pytest.raises(ValueError) as error:
+            REINFORCE("MlpPolicy", ScriptedEnv([4]), **{argument: value})
+        assert argument in str(error.value)
+        assert str(value) in str(error.value)
+
+    def test_n_steps_and_n_episodes_exclude_each_other(self):
+        for n_steps in (100, 3000):
+            with pytest.raises(ValueError, match=f"Exactly one .* got n_steps={n_steps}, n_episodes=5"):
+                REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=n_steps, n_episodes=5)
+        assert REINFORCE("MlpPolicy", ScriptedEnv([4]), n_episodes=5).n_steps is None
+
+    @pytest.mark.parametrize("argument", ["gae_lambda", "vf_coef", "rms_prop_eps", "use_rms_prop", "nonsense"])
+    def test_arguments_without_a_meaning_here_are_type_errors(self, argument: str):
+        with pytest.raises(TypeError, match=argument):
+            REINFORCE("MlpPolicy", ScriptedEnv([4]), **{argument: 1.0})
+
+    def test_other_policies(self):
+        with pytest.raises(ValueError, match="Policy LstmPolicy unknown"):
+            REINFORCE("LstmPolicy", ScriptedEnv([4]))
+        with pytest.raises(ValueError, match="ActorCriticPolicy"):
+            REINFORCE(nn.Module, ScriptedEnv([4]))
+
+    def test_foreign_policies_bring_their_own_features(self):
+        policy = A2C("MlpPolicy", ScriptedEnv([4])).policy_class
+        REINFORCE(policy, ScriptedEnv([4]), n_steps=8).learn(16)
+        for kwargs in (dict(baseline="random"), dict(normalize_observations=True)):
+            with pytest.raises(ValueError, match="ActorCriticPolicy: a policy of sb3_reinforce"):
+                REINFORCE(policy, ScriptedEnv([4]), **kwargs)
+
+    def test_action_spaces(self):
+        env = ScriptedEnv([4])
+        env.action_space = spaces.Box(-np.inf, np.inf, (2,))
+        REINFORCE("MlpPolicy", env, n_steps=8).learn(16)
+        with pytest.raises(ValueError, match="squash_output=True needs finite action bounds"):
+            REINFORCE("MlpPolicy", env, use_sde=True, policy_kwargs=dict(squash_output=True))
+        env.action_space = spaces.Box(-1, 1, (2,))
+        env.action_space.low[0] = np.nan
+        with pytest.raises(ValueError, match="NaN bounds: low="):
+            REINFORCE("MlpPolicy", env)
+        env.action_space = spaces.Dict({"a": spaces.Discrete(2)})
+        with pytest.raises(ValueError, match="supports the action spaces Box, Discrete, MultiDiscrete, MultiBinary"):
+            REINFORCE("MlpPolicy", env)
+        env.action_space = spaces.Discrete(3)
+        with pytest.raises(ValueError, match=r"use_sde=True .* needs continuous actions"):
+            REINFORCE("MlpPolicy", env, use_sde=True)
+
+    def test_learning_needs_an_environment(self):
+        stream = io.BytesIO()
+        REINFORCE("MlpPolicy", ScriptedEnv([4])).save(stream)
+        with pytest.raises(ValueError, match="no environment to learn from"):
+            REINFORCE.load(stream).learn(10)
+
+
+class TestModelFiles:
+    @pytest.mark.parametrize("cls", [A2C, PPO])
+    def test_other_algorithms_are_refused(self, cls: type, tmp_path: Any):
+        cls("MlpPolicy", "CartPole-v1").save(tmp_path / "other")
+        with pytest.raises(ValueError, match=r"other holds a model of another algorithm.*stable_baselines3"):
+            REINFORCE.load(tmp_path / "other")
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+    def test_a_file_cut_short_is_refused(self, share: float, tmp_path: Any):
+        path = tmp_path / "model.zip"
+        REINFORCE("MlpPolicy", "CartPole-v1").save(path)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match=r"model.zip is no complete model file"):
+            REINFORCE.load(path)
+
+    def test_a_zip_of_something_else_is_refused(self, tmp_path: Any):
+        path = tmp_path / "photos.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("photo.png", b"...")
+        with pytest.raises(ValueError, match=r"photos.zip is no complete model file"):
+            REINFORCE.load(path)
+
+    def test_another_action_space_is_refused(self, tmp_path: Any):
+        REINFORCE("MlpPolicy", "CartPole-v1").save(tmp_path / "model")
+        env = gym.make("CartPole-v1")
+        env.action_space = spaces.Discrete(5)
+        with pytest.raises(ValueError, match=r"Action spaces do not match: Discrete\(2\) != Discrete\(5\)"):
+            REINFORCE.load(tmp_path / "model", env=env)
+
+    def test_parameters_that_do_not_fit_change_nothing(self, tmp_path: Any):
+        big = REINFORCE("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[32, 16]))
+        big.save(tmp_path / "big")
+        model = REINFORCE("MlpPolicy", "CartPole-v1")
+        before = weights(model)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            model.set_parameters(tmp_path / "big")
+        np.testing.assert_array_equal(weights(model), before)
+        model.learn(10)
+
+    def test_training_goes_on_after_loading_as_if_it_had_not_been_saved(self, tmp_path: Any):
+        def model() -> REINFORCE:
+            return REINFORCE(
+                "MlpPolicy",
+                "CartPole-v1",
+                n_steps=50,
+                seed=0,
+                baseline="random",
+                baseline_memory=0.5,
+                normalize_observations=True,
+            )
+
+        without_a_break = model().learn(100).learn(100, reset_num_timesteps=False)
+        model().learn(100).save(tmp_path / "model")
+        loaded = REINFORCE.load(tmp_path / "model", env=gym.make("CartPole-v1"))
+        loaded.learn(100, reset_num_timesteps=False)
+        np.testing.assert_array_equal(weights(loaded), weights(without_a_break))
+
+    def test_arguments_given_to_load_are_checked(self, tmp_path: Any):
+        REINFORCE("MlpPolicy", "CartPole-v1").save(tmp_path / "model")
+        with pytest.raises(ValueError, match="gamma must be in"):
+            REINFORCE.load(tmp_path / "model", gamma=2.0)
+
+
+@st.composite
+def random_spaces(draw: st.DrawFn) -> tuple[spaces.Space, spaces.Space]:
+    vector = st.builds(lambda n: spaces.Box(-2, 2, (n,)), st.integers(1, 4))
+    discrete = st.builds(spaces.Discrete, st.integers(1, 5))
+    multi = st.builds(spaces.MultiDiscrete, st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    binary = st.builds(spaces.MultiBinary, st.integers(1, 4))
+    simple = st.one_of(vector, discrete, multi, binary)
+    dictionary = st.builds(spaces.Dict, st.dictionaries(st.sampled_from("abc"), simple, min_size=1))
+    return draw(st.one_of(simple, dictionary)), draw(simple)
+
+
+@pytest.mark.filterwarnings("error")
+@settings(max_examples=20)
+@given(
+    random_spaces(),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.sampled_from(["linear", "quadratic", "random", None]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 20),
+)
+def test_random_environments_train_without_a_warning(
+    spaces_: tuple, max_length: int, n_envs: int, baseline: str | None, normalize: bool, bootstrap: bool, n_steps: int
+):
+    env = DummyVecEnv([lambda: RandomEnv(*spaces_, max_length) for _ in range(n_envs)])
+    policy = "MultiInputPolicy" if isinstance(spaces_[0], spaces.Dict) else "MlpPolicy"
+    model = REINFORCE(
+        policy, env, n_steps=n_steps, baseline=baseline, normalize_observations=normalize, bootstrap_timeouts=bootstrap, seed=0
+    )
+    model.learn(5 * n_steps * n_envs)
+    assert np.isfinite(weights(model)).all()
+    assert model._n_updates >= 1
+
+
+def test_episode_statistics_are_those_of_the_monitors():
+    model = REINFORCE("MlpPolicy", scripted([[3], [5]]), n_steps=4)
+    model.learn(30)
+    assert {info["l"] for info in model.ep_info_buffer} == {3, 5}
