@@ -13,18 +13,22 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
 from sb3_reinforce.baselines import FEATURE_MAPS, LinearBaseline
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
 from sb3_reinforce.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, baseline_features, install_baseline
 from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
 from sb3_reinforce.sampling import nan_explained
+from sb3_reinforce.vec_env import EpisodeVecEnv
 
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
@@ -186,6 +190,16 @@ class REINFORCE(OnPolicyAlgorithm):
                 raise ValueError(f"squash_output=True needs finite action bounds, got low={bounds[0]}, high={bounds[1]}")
         elif self.use_sde:
             raise ValueError(f"use_sde=True (gSDE) needs continuous actions, but the environment has {self.action_space}")
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """As SB3's, but what is not a ``VecEnv`` becomes an :class:`~sb3_reinforce.vec_env.EpisodeVecEnv`."""
+        if not isinstance(env, VecEnv):
+            single_env = _patch_env(env)
+            if monitor_wrapper and not is_wrapped(single_env, Monitor):
+                single_env = Monitor(single_env)
+            env = EpisodeVecEnv([lambda: single_env])
+        return OnPolicyAlgorithm._wrap_env(env, verbose)
 
     def _check_hyperparameters(self) -> None:
         """

@@ -9,10 +9,11 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
 
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
 from sb3_reinforce.sampling import actions_for_env, make_actor, reset_noise
+from sb3_reinforce.vec_env import EpisodeVecEnv
 
 
 class EpisodeTracker:
@@ -82,8 +83,9 @@ def collect_episodes(
     """
     Fill a buffer with whole episodes, as many as an :class:`EpisodeTracker` wants.
 
-    A ``VecEnv`` cannot step some of its members: idle ones are stepped along, which counts as ``num_timesteps``, but what
-    they return goes nowhere. For them, callbacks see a reward of 0, no end of an episode, and empty infos.
+    Most ``VecEnv`` cannot step some of their members: idle ones are stepped along, which counts as ``num_timesteps``, but
+    what they return goes nowhere. For them, callbacks see a reward of 0, no end of an episode, and empty infos. An
+    :class:`~sb3_reinforce.vec_env.EpisodeVecEnv` leaves them alone.
 
     :param model: the algorithm: its policy acts, its counters and statistics are kept up to date
     :param env: the environments
@@ -105,12 +107,13 @@ def collect_episodes(
         reset_noise(policy, env.num_envs, rng)
     # Environments that ended an episode with the last rollout are at the start of another. A seeded model resets them all
     # the same, so that their seeds depend on the iteration alone and not on what happened before
-    at_start = model._last_episode_starts
+    at_start = np.asarray(model._last_episode_starts, dtype=bool)
     # Whatever may end this rollout early, the environments are somewhere within episodes then
     model._last_episode_starts = np.zeros(env.num_envs, dtype=bool)
     callback.on_rollout_start()
 
-    n_steps = 0
+    n_steps = n_env_steps = 0
+    can_rest = find_episode_vec_env(env)
     while episodes.wants_more():
         if model.seed is not None or not np.all(at_start):
             if model.seed is not None:
@@ -128,15 +131,16 @@ def collect_episodes(
                 reset_noise(policy, env.num_envs, rng)
             actions = act(model._last_obs, rng)  # type: ignore[arg-type]
             clipped_actions = actions_for_env(policy, actions)
-            new_obs, rewards, dones, infos = step_env(env, clipped_actions, episodes)
-            model.num_timesteps += env.num_envs
-            n_steps += 1
-            at_start = dones
-
             active = episodes.active.copy()
+            new_obs, rewards, dones, infos = step_env(env, clipped_actions, episodes, can_rest)
+            stepped = active if can_rest is not None else np.ones_like(active)
+            at_start = (at_start & ~stepped) | dones
             if not active.all():
                 rewards, dones = np.where(active, rewards, 0.0), dones & active
                 infos = [info if is_active else {} for info, is_active in zip(infos, active, strict=True)]
+            model.num_timesteps += int(np.count_nonzero(stepped))
+            n_env_steps += int(np.count_nonzero(stepped))
+            n_steps += 1
 
             callback.update_locals(locals())
             if not callback.on_step():
@@ -156,8 +160,15 @@ def collect_episodes(
     rollout_buffer.finish()
     model.logger.record("rollout/episodes", episodes.n_finished)
     model.logger.record("rollout/transitions", episodes.n_transitions)
-    model.logger.record("rollout/idle_fraction", 1.0 - episodes.n_transitions / (n_steps * env.num_envs))
+    model.logger.record("rollout/idle_fraction", 1.0 - episodes.n_transitions / n_env_steps)
     return True
+
+
+def find_episode_vec_env(env: VecEnv) -> EpisodeVecEnv | None:
+    """The environments below, if they can leave some alone, and no wrapper in between would mistake that for steps."""
+    while type(env) is VecTransposeImage:
+        env = env.venv
+    return env if isinstance(env, EpisodeVecEnv) else None
 
 
 def timeout_values(
@@ -185,12 +196,17 @@ def timeout_values(
     return values
 
 
-def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker) -> Any:
+def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, can_rest: EpisodeVecEnv | None) -> Any:
     """``env.step(actions)``, with errors that say where they come from, and a check of everything that is returned."""
     try:
+        if can_rest is not None:
+            can_rest.active = episodes.active
         new_obs, rewards, dones, infos = env.step(actions)
     except Exception as error:
         raise environment_error(env, error, "in step()", episodes) from error
+    finally:
+        if can_rest is not None:
+            can_rest.active = np.ones_like(episodes.active)
     check_finite("reward", rewards, episodes)
     check_finite("observation", new_obs, episodes)
     for idx in np.flatnonzero(dones & episodes.active):

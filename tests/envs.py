@@ -1,6 +1,7 @@
 """Small environments that do what a test needs."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
@@ -78,7 +79,8 @@ class RandomEnv(gym.Env):
     """Random observations and rewards of any spaces; episodes of random length that end by themselves or by a time limit."""
 
     def __init__(self, observation_space: spaces.Space, action_space: spaces.Space, max_length: int):
-        self.observation_space = observation_space
+        # A copy, because a space draws its samples from a generator of its own
+        self.observation_space = deepcopy(observation_space)
         self.action_space = action_space
         self.max_length = max_length
 
