@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help train test slow format clean
 
 help:
-	@echo "make train    train with benchmarks/train.py; pass options with ARGS=\"...\""
+	@echo "make train    train on LunarLanderContinuous-v3 and show what came out; options with ARGS=\"...\""
 	@echo "make test     lint, types and the fast tests"
 	@echo "make slow     the tests that train for minutes"
 	@echo "make format   format the code and fix what the linter can fix"
@@ -30,6 +30,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@rm -f $(STAMP)
 	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 		echo "Making the environment $(VENV) with $(PYTHON)"; \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sb3-reinforce needs Python 3.10 or newer")' && \
 		"$(PYTHON)" -m venv --clear $(VENV); \
 	fi
 	@touch $(STAMP).part
@@ -39,7 +40,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@mv $(STAMP).part $(STAMP)
 
 train: $(STAMP)
-	$(PY) benchmarks/train.py $(ARGS)
+	$(PY) -m benchmarks.train $(ARGS)
 
 # One thread for PyTorch in each of the two test processes: more only get in each other's way
 test: $(STAMP)

@@ -34,10 +34,14 @@ class EpisodeTracker:
         self.min_transitions = min_transitions
         self.min_episodes = min_episodes
         self.max_episode_steps = max_episode_steps
+        #: (n_envs,) environments within an episode. Never changed in place: what was read from here stays as it was
         self.active = np.zeros(n_envs, dtype=bool)
+        #: (n_envs,) environments whose last episode was cut
+        self.cut = np.zeros(n_envs, dtype=bool)
+        #: (n_envs,) steps of the current episode, and number of episodes so far
         self.steps = np.zeros(n_envs, dtype=int)
         self.episodes = np.zeros(n_envs, dtype=int)
-        self.n_transitions = self.n_started = self.n_finished = 0
+        self.n_active = self.n_transitions = self.n_started = self.n_finished = 0
 
     def wants_more(self) -> bool:
         """Whether another episode has to be started."""
@@ -45,30 +49,39 @@ class EpisodeTracker:
 
     def start_all(self) -> None:
         """All environments are at the start of an episode."""
-        self.active[:] = True
+        self.active = np.ones_like(self.active)
+        self.cut = np.zeros_like(self.cut)
         self.steps[:] = 0
         self.episodes += 1
-        self.n_started += len(self.active)
+        self.n_active = len(self.active)
+        self.n_started += self.n_active
 
-    def step(self, dones: np.ndarray) -> np.ndarray:
+    def step(self, dones: np.ndarray) -> bool:
         """
         Take note of one step of all environments.
 
         :param dones: (n_envs,) active environments whose episode has ended, and that are at the start of another
-        :return: (n_envs,) active environments whose episode is cut here: they are idle from now on, because only all
-            environments together can be reset
+        :return: whether an episode was cut in this step. Its environment is idle from now on, because only all environments
+            together can be reset
         """
-        self.n_transitions += int(np.count_nonzero(self.active))
+        self.n_transitions += self.n_active
         self.steps += 1
+        # Hardly any step ends an episode, and this function is called at every step
+        if not dones.any() and self.steps.max() < self.max_episode_steps:
+            return False
         cut = self.active & ~dones & (self.steps >= self.max_episode_steps)
+        self.cut |= cut
+        self.active = self.active.copy()
         for idx in np.flatnonzero(dones | cut):
             self.n_finished += 1
-            self.active[idx] = self.wants_more() and not cut[idx]
-            if self.active[idx]:
+            if self.wants_more() and not cut[idx]:
                 self.steps[idx] = 0
                 self.episodes[idx] += 1
                 self.n_started += 1
-        return cut
+            else:
+                self.active[idx] = False
+                self.n_active -= 1
+        return bool(cut.any())
 
 
 def collect_episodes(
@@ -116,30 +129,25 @@ def collect_episodes(
     can_rest = find_episode_vec_env(env)
     while episodes.wants_more():
         if model.seed is not None or not np.all(at_start):
-            if model.seed is not None:
-                env.seed(int(rng.integers(2**31)))
-            try:
-                model._last_obs = env.reset()  # type: ignore[assignment]
-            except Exception as error:
-                raise environment_error(env, error, "in reset()") from error
+            model._last_obs = reset_env(env, None if model.seed is None else int(rng.integers(2**31)))
         episodes.start_all()
         episode_starts = np.ones(env.num_envs, dtype=bool)
         check_finite("observation", model._last_obs, episodes)
 
-        while episodes.active.any():
+        while episodes.n_active:
             if model.use_sde and model.sde_sample_freq > 0 and n_steps % model.sde_sample_freq == 0:
                 reset_noise(policy, env.num_envs, rng)
             actions = act(model._last_obs, rng)  # type: ignore[arg-type]
             clipped_actions = actions_for_env(policy, actions)
-            active = episodes.active.copy()
             new_obs, rewards, dones, infos = step_env(env, clipped_actions, episodes, can_rest)
-            stepped = active if can_rest is not None else np.ones_like(active)
-            at_start = (at_start & ~stepped) | dones
-            if not active.all():
+            at_start = dones
+            active = episodes.active
+            if episodes.n_active < env.num_envs:
                 rewards, dones = np.where(active, rewards, 0.0), dones & active
                 infos = [info if is_active else {} for info, is_active in zip(infos, active, strict=True)]
-            model.num_timesteps += int(np.count_nonzero(stepped))
-            n_env_steps += int(np.count_nonzero(stepped))
+            n_stepped = env.num_envs if can_rest is None else episodes.n_active
+            model.num_timesteps += n_stepped
+            n_env_steps += n_stepped
             n_steps += 1
 
             callback.update_locals(locals())
@@ -147,14 +155,15 @@ def collect_episodes(
                 return False
             model._update_info_buffer(infos, dones)
 
-            cut = episodes.step(dones)
-            if cut.any():
+            if episodes.step(dones):
                 warn_about_cut(model, env, episodes.max_episode_steps)
             if bootstrap_timeouts:
-                rewards = rewards + model.gamma * timeout_values(policy, infos, new_obs, cut)
+                rewards = rewards + model.gamma * timeout_values(policy, infos, new_obs, episodes.cut & active)
             rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active)  # type: ignore[arg-type]
             episode_starts = dones
             model._last_obs = new_obs
+        if can_rest is not None:
+            at_start = ~episodes.cut
 
     model._last_episode_starts = at_start
     rollout_buffer.finish()
@@ -196,6 +205,16 @@ def timeout_values(
     return values
 
 
+def reset_env(env: VecEnv, seed: int | None) -> Any:
+    """``env.reset()``, after seeding if there is a seed, with errors that say where they come from."""
+    try:
+        if seed is not None:
+            env.seed(seed)
+        return env.reset()
+    except Exception as error:
+        raise environment_error(env, error, "in reset()") from error
+
+
 def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, can_rest: EpisodeVecEnv | None) -> Any:
     """``env.step(actions)``, with errors that say where they come from, and a check of everything that is returned."""
     try:
@@ -206,11 +225,12 @@ def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, can_res
         raise environment_error(env, error, "in step()", episodes) from error
     finally:
         if can_rest is not None:
-            can_rest.active = np.ones_like(episodes.active)
+            can_rest.active = None
     check_finite("reward", rewards, episodes)
     check_finite("observation", new_obs, episodes)
-    for idx in np.flatnonzero(dones & episodes.active):
-        check_finite("terminal observation", infos[idx].get("terminal_observation"), episodes, idx)
+    if dones.any():
+        for idx in np.flatnonzero(dones & episodes.active):
+            check_finite("terminal observation", infos[idx].get("terminal_observation"), episodes, idx)
     return new_obs, rewards, dones, infos
 
 
@@ -224,15 +244,16 @@ def check_finite(name: str, values: Any, episodes: EpisodeTracker, env_idx: Any 
     :param env_idx: the environment that the values are of, None for all
     :raises ValueError: if a value is NaN or infinite
     """
-    for key, array in values.items() if isinstance(values, dict) else [("", values)]:
-        if array is None or array.dtype.kind != "f" or np.isfinite(array).all():
-            continue
-        for idx, value in enumerate(array) if env_idx is None else [(env_idx, array)]:
+    if isinstance(values, dict):
+        for key, array in values.items():
+            check_finite(f"{name} under {key!r}", array, episodes, env_idx)
+    elif values is not None and values.dtype.kind == "f" and not np.logical_and.reduce(np.isfinite(values), axis=None):
+        for idx, value in enumerate(values) if env_idx is None else [(env_idx, values)]:
             if episodes.active[idx] and not np.isfinite(value).all():
                 raise ValueError(
-                    f"Environment {idx} returned the {name} {np.asarray(value).tolist()}{f' under {key!r}' if key else ''} "
-                    f"{where(episodes, idx)}. It must be finite: nothing was learned from this rollout, and the environment "
-                    "has to be mended, or wrapped in something that replaces such values"
+                    f"Environment {idx} returned the {name} {np.asarray(value).tolist()} {where(episodes, idx)}. It must be "
+                    "finite: nothing was learned from this rollout, and the environment has to be mended, or wrapped in "
+                    "something that replaces such values"
                 )
 
 

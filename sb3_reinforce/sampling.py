@@ -77,7 +77,7 @@ def sample_outputs(
     :return: (n_envs, ...) actions
     :raises ValueError: when an output is NaN or infinite
     """
-    if not np.isfinite(outputs).all():
+    if not np.logical_and.reduce(np.isfinite(outputs), axis=None):
         raise ValueError(f"The policy's output is not finite: {outputs.tolist()}")
     if isinstance(action_dist, DiagGaussianDistribution):
         assert std is not None

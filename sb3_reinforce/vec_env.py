@@ -28,8 +28,9 @@ class EpisodeVecEnv(DummyVecEnv):
 
     def __init__(self, env_fns: list[Callable[[], gym.Env]]):
         super().__init__(env_fns)
-        #: (n_envs,) members that ``step`` steps; the others return their last observation, a reward of 0, and empty infos
-        self.active = np.ones(self.num_envs, dtype=bool)
+        #: (n_envs,) members that ``step`` steps, None for all; the others return their last observation, a reward of 0, and
+        #: empty infos
+        self.active: np.ndarray | None = None
 
     def step_wait(self) -> VecEnvStepReturn:
         """
@@ -38,7 +39,7 @@ class EpisodeVecEnv(DummyVecEnv):
         infos: list[dict[str, Any]] = []
         # The name env_idx is DummyVecEnv's: an error that an environment raises is traced to it by that
         for env_idx, env in enumerate(self.envs):
-            if not self.active[env_idx]:
+            if self.active is not None and not self.active[env_idx]:
                 self.buf_rews[env_idx], self.buf_dones[env_idx] = 0.0, False
                 infos.append({})
                 continue

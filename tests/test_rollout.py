@@ -400,5 +400,5 @@ def test_messages_name_a_key_of_a_dictionary_observation():
             value = super()._observation()
             return {"a": value * np.nan if self.steps == 2 else value, "b": 0}
 
-    with pytest.raises(ValueError, match=re.escape("Environment 0 returned the observation [nan, nan, nan] under 'a'")):
+    with pytest.raises(ValueError, match=re.escape("Environment 0 returned the observation under 'a' [nan, nan, nan]")):
         REINFORCE("MultiInputPolicy", DictEnv([4]), n_steps=8).learn(8)

@@ -100,13 +100,13 @@ def test_idle_members_cost_no_steps_and_no_resets():
     model.learn(1, reset_num_timesteps=False)
     # One reset by learn() and one after each of the two episodes
     assert [member.n_resets for member in env.envs] == [3, 3]
-    assert env.active.all()
+    assert env.active is None
 
 
 def test_all_members_are_active_again_after_a_rollout_that_was_interrupted():
     env = EpisodeVecEnv([lambda: ScriptedEnv([6], 0), lambda: ScriptedEnv([2], 1)])
     REINFORCE("MlpPolicy", env, n_steps=1).learn(1, callback=lambda locals_, globals_: locals_["n_steps"] < 4)
-    assert env.active.all()
+    assert env.active is None
 
 
 def test_wrappers_that_count_steps_get_them_all():
