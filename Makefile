@@ -11,12 +11,13 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test slow format clean
+.PHONY: help train test slow article format clean
 
 help:
 	@echo "make train    train on LunarLanderContinuous-v3 and show what came out; options with ARGS=\"...\""
 	@echo "make test     lint, types and the fast tests"
 	@echo "make slow     the tests that train for minutes"
+	@echo "make article  five seeds of the article's recipe against the article's code (half an hour)"
 	@echo "make format   format the code and fix what the linter can fix"
 	@echo "make clean    remove the environment, caches and builds (runs/ stays)"
 	@echo
@@ -51,6 +52,9 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
+
+article: $(STAMP)
+	$(PY) -m benchmarks.article --jobs 2 $(ARGS)
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix .

@@ -17,9 +17,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.monitor import ResultsWriter
 
 from benchmarks.common import provenance
 from sb3_reinforce import REINFORCE
@@ -27,10 +28,11 @@ from sb3_reinforce.vec_env import EpisodeVecEnv
 
 ENV = "LunarLanderContinuous-v3"
 SOLVED = 200.0
+N_ENVS = 4
 LEARNING_RATE = 5e-3
 #: What differs from the constructor's defaults (the article's recipe)
 SETTINGS: dict[str, Any] = dict(
-    n_steps=4000,
+    n_steps=750,
     gamma=0.99,
     baseline="random",
     baseline_memory=0.7,
@@ -39,6 +41,23 @@ SETTINGS: dict[str, Any] = dict(
 )
 #: Seeds of the environments of evaluation and video: no training environment ever gets them
 EVALUATION_SEED = 2**31
+
+
+class EpisodeLog(BaseCallback):
+    """Writes the episodes that are learned from into one monitor.csv, whichever environment they come from."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.writer = ResultsWriter(str(folder), header={"t_start": time.time(), "env_id": ENV})
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                self.writer.write_row(info["episode"])
+        return True
+
+    def _on_training_end(self) -> None:
+        self.writer.close()
 
 
 def new_folder(parent: Path) -> Path:
@@ -119,7 +138,7 @@ def main() -> None:
     print(f"Training on {ENV} for {arguments.timesteps:,} steps; everything goes to {folder}")
     model = REINFORCE(
         "MlpPolicy",
-        Monitor(gym.make(ENV), str(folder / "monitor.csv")),
+        make_vec_env(ENV, n_envs=N_ENVS, env_kwargs=dict(render_mode=None), vec_env_cls=EpisodeVecEnv),
         learning_rate=lambda progress_remaining: LEARNING_RATE * progress_remaining,
         seed=arguments.seed,
         device="cpu",
@@ -127,7 +146,7 @@ def main() -> None:
         **SETTINGS,
     )
     started = time.perf_counter()
-    model.learn(arguments.timesteps, progress_bar=True)
+    model.learn(arguments.timesteps, callback=EpisodeLog(folder), progress_bar=True)
     seconds = time.perf_counter() - started
     model.save(folder / "model")
     plot_learning_curve(folder / "monitor.csv", folder / "learning_curve.png")
@@ -148,6 +167,7 @@ def main() -> None:
         "mean length of these": f"{np.mean(lengths):.0f} steps",
         "training": f"{model.num_timesteps:,} steps, {model._n_updates} updates, {seconds:.0f} s, {rate:,.0f} steps/s",
         "seed": arguments.seed,
+        "environments": N_ENVS,
         "learning rate": f"{LEARNING_RATE}, falling linearly to 0",
         "other settings": ", ".join(f"{name}={value}" for name, value in SETTINGS.items()),
         "versions": ", ".join([f"Python {origin['python']}", *(f"{k} {v}" for k, v in origin["versions"].items())]),

@@ -1,10 +1,8 @@
 """The REINFORCE algorithm."""
 
 import io
-import json
 import math
 import pathlib
-import zipfile
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
@@ -17,14 +15,14 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
-from sb3_reinforce.baselines import FEATURE_MAPS, LinearBaseline
+from sb3_reinforce.baselines import LinearBaseline
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
+from sb3_reinforce.checks import check_hyperparameters, check_learning_rate, check_model_file, check_spaces
 from sb3_reinforce.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, baseline_features, install_baseline
 from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
 from sb3_reinforce.sampling import nan_explained
@@ -162,38 +160,22 @@ class REINFORCE(OnPolicyAlgorithm):
             self._setup_model()
 
     def _attach_env(self, env: GymEnv | str, policy: str | type[BasePolicy]) -> None:
-        """
-        Make, wrap and check the environment. SB3's own way draws every frame of an environment named by a string, and
-        refuses continuous actions without bounds, which a Gaussian does not need.
-        """
-        if isinstance(env, str):
-            env = gym.make(env)
+        """Wrap and check the environment. SB3's own way refuses actions without bounds, which a Gaussian does not need."""
         self.env = self._wrap_env(env, self.verbose)
         self.observation_space = self.env.observation_space
         self.action_space = self.env.action_space
         self.n_envs = self.env.num_envs
         self._vec_normalize_env = unwrap_vec_normalize(self.env)
-
-        supported = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-        if not isinstance(self.action_space, supported):
-            raise ValueError(
-                f"REINFORCE supports the action spaces {', '.join(space.__name__ for space in supported)}, "
-                f"but the environment has {self.action_space}"
-            )
-        if policy in ("MlpPolicy", "CnnPolicy") and isinstance(self.observation_space, spaces.Dict):
-            raise ValueError(f"You must use `MultiInputPolicy` with a dictionary observation space, not {policy}")
-        if isinstance(self.action_space, spaces.Box):
-            bounds = np.array([self.action_space.low, self.action_space.high])
-            if np.isnan(bounds).any():
-                raise ValueError(f"The action space has NaN bounds: low={bounds[0]}, high={bounds[1]}")
-            if self.policy_kwargs.get("squash_output") and not np.isfinite(bounds).all():
-                raise ValueError(f"squash_output=True needs finite action bounds, got low={bounds[0]}, high={bounds[1]}")
-        elif self.use_sde:
-            raise ValueError(f"use_sde=True (gSDE) needs continuous actions, but the environment has {self.action_space}")
+        check_spaces(self, policy)
 
     @staticmethod
-    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        """As SB3's, but what is not a ``VecEnv`` becomes an :class:`~sb3_reinforce.vec_env.EpisodeVecEnv`."""
+    def _wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """
+        As SB3's, but what is not a ``VecEnv`` becomes an :class:`~sb3_reinforce.vec_env.EpisodeVecEnv`, and an environment
+        may be named by a string. It is made without a render mode then: with one, as SB3 does it, many draw every frame.
+        """
+        if isinstance(env, str):
+            env = gym.make(env)
         if not isinstance(env, VecEnv):
             single_env = _patch_env(env)
             if monitor_wrapper and not is_wrapped(single_env, Monitor):
@@ -201,52 +183,10 @@ class REINFORCE(OnPolicyAlgorithm):
             env = EpisodeVecEnv([lambda: single_env])
         return OnPolicyAlgorithm._wrap_env(env, verbose)
 
-    def _check_hyperparameters(self) -> None:
-        """
-        :raises ValueError: naming the first argument that is out of its range
-        """
-
-        def check(name: str, valid: bool, expected: str) -> None:
-            if not valid:
-                raise ValueError(f"{name} must be {expected}, got {name}={getattr(self, name)!r}")
-
-        def is_count(value: Any) -> bool:
-            return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
-
-        def is_real(value: Any) -> bool:
-            return isinstance(value, (int, float, np.number)) and math.isfinite(value)
-
-        if (self.n_steps is None) == (self.n_episodes is None):
-            raise ValueError(
-                "Exactly one of n_steps and n_episodes says how much to collect for an update, the other is None; "
-                f"got n_steps={self.n_steps}, n_episodes={self.n_episodes}"
-            )
-        for name in ("n_steps", "n_episodes"):
-            check(name, getattr(self, name) is None or is_count(getattr(self, name)), "an integer of at least 1")
-        for name in ("max_episode_steps", "_stats_window_size"):
-            check(name, is_count(getattr(self, name)), "an integer of at least 1")
-        check("gamma", is_real(self.gamma) and 0 < self.gamma <= 1, "in (0, 1]")
-        check("ent_coef", is_real(self.ent_coef) and self.ent_coef >= 0, "finite and at least 0")
-        valid_rate = callable(self.learning_rate) or (is_real(self.learning_rate) and self.learning_rate >= 0)
-        check("learning_rate", valid_rate, "a schedule, or finite and at least 0")
-        valid_norm = self.max_grad_norm is None or (is_real(self.max_grad_norm) and self.max_grad_norm > 0)
-        check("max_grad_norm", valid_norm, "finite and above 0, or None for no clipping")
-        check("baseline", self.baseline is None or self.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
-        check("baseline_memory", is_real(self.baseline_memory) and 0 <= self.baseline_memory < 1, "in [0, 1)")
-        valid_buffer = self.rollout_buffer_class is None or (
-            isinstance(self.rollout_buffer_class, type) and issubclass(self.rollout_buffer_class, EpisodeRolloutBuffer)
-        )
-        check("rollout_buffer_class", valid_buffer, "a subclass of sb3_reinforce.buffers.EpisodeRolloutBuffer")
-        check("policy_class", issubclass(self.policy_class, ActorCriticPolicy), "a subclass of SB3's ActorCriticPolicy")
-        if not issubclass(self.policy_class, MlpPolicy):
-            own = "a policy of sb3_reinforce (or a subclass) is needed for anything else"
-            check("baseline", self.baseline in ("linear", None), f"'linear' or None with {self.policy_class.__name__}: {own}")
-            check("normalize_observations", not self.normalize_observations, f"False with {self.policy_class.__name__}: {own}")
-
     def _setup_model(self) -> None:
-        self._check_hyperparameters()
+        check_hyperparameters(self)
         self._setup_lr_schedule()
-        self._check_learning_rate(1.0)
+        check_learning_rate(self.lr_schedule(1.0), 1.0)
         self.set_random_seed(self.seed)
         self.rollout_buffer_class = self.rollout_buffer_class or EpisodeRolloutBuffer
         self.rollout_buffer = self.rollout_buffer_class(  # type: ignore[assignment]
@@ -434,16 +374,8 @@ class REINFORCE(OnPolicyAlgorithm):
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         # Whole episodes may go past total_timesteps: a schedule ends at 0 all the same
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
-        self._check_learning_rate(self._current_progress_remaining)
+        check_learning_rate(self.lr_schedule(self._current_progress_remaining), self._current_progress_remaining)
         super()._update_learning_rate(optimizers)
-
-    def _check_learning_rate(self, progress_remaining: float) -> None:
-        learning_rate = self.lr_schedule(progress_remaining)
-        if not (math.isfinite(learning_rate) and learning_rate >= 0):
-            raise ValueError(
-                f"learning_rate must be finite and at least 0, but the schedule gives {learning_rate} "
-                f"at progress_remaining={progress_remaining}"
-            )
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         if self.env is None:
@@ -508,26 +440,5 @@ class REINFORCE(OnPolicyAlgorithm):
         :raises ValueError: if the file is damaged or holds a model of another algorithm, or if the spaces of the environment
             are not those of the model
         """
-        _check_model_file(path)
+        check_model_file(path)
         return super().load(path, *args, **kwargs)
-
-
-def _check_model_file(path: str | pathlib.Path | io.BufferedIOBase) -> None:
-    """
-    :param path: where a model was saved, as for :meth:`REINFORCE.load`
-    :raises ValueError: if that is no complete file, or a model of another algorithm
-    """
-    file = open_path(path, "r", suffix="zip")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            saved = json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no complete model file: it is damaged, cut short, or was never one ({error})") from error
-    finally:
-        if isinstance(path, (str, pathlib.Path)):
-            file.close()
-    if not {"baseline", "max_episode_steps", "n_episodes"} & saved.keys():
-        raise ValueError(
-            f"{path} holds a model of another algorithm, not of REINFORCE (its policy class is "
-            f"{saved.get('policy_class', {}).get('__module__', 'unknown')}). Load it with the class that saved it"
-        )

@@ -128,7 +128,11 @@ def test_learning_is_the_same_as_with_dummy_vec_env():
 
 
 def test_single_environments_and_names_are_wrapped_in_it():
-    assert type(REINFORCE("MlpPolicy", "CartPole-v1").get_env()) is EpisodeVecEnv
+    model = REINFORCE("MlpPolicy", "CartPole-v1")
+    assert type(model.get_env()) is EpisodeVecEnv
+    for given in ("CartPole-v1", gym.make("CartPole-v1")):
+        model.set_env(given)
+        assert type(model.get_env()) is EpisodeVecEnv
     model = REINFORCE("MlpPolicy", gym.make("CartPole-v1"))
     assert type(model.get_env()) is EpisodeVecEnv
     assert model.get_env().env_is_wrapped(Monitor) == [True]

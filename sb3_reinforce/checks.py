@@ -1,0 +1,126 @@
+"""What REINFORCE refuses: arguments out of their range, spaces it cannot act in, files that are none of its models."""
+
+import io
+import json
+import math
+import pathlib
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import open_path
+
+from sb3_reinforce.baselines import FEATURE_MAPS
+from sb3_reinforce.buffers import EpisodeRolloutBuffer
+from sb3_reinforce.policies import MlpPolicy
+
+if TYPE_CHECKING:
+    from sb3_reinforce.reinforce import REINFORCE
+
+ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+
+
+def check_hyperparameters(model: "REINFORCE") -> None:
+    """
+    :param model: its hyperparameters as attributes, its policy not yet made
+    :raises ValueError: naming the first argument that is out of its range, and its value
+    """
+
+    def check(name: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
+            raise ValueError(f"{name.lstrip('_')} must be {expected}, got {name.lstrip('_')}={getattr(model, name)!r}")
+
+    if (model.n_steps is None) == (model.n_episodes is None):
+        raise ValueError(
+            "Exactly one of n_steps and n_episodes says how much to collect for an update, the other is None; "
+            f"got n_steps={model.n_steps}, n_episodes={model.n_episodes}"
+        )
+    for name in ("n_steps", "n_episodes"):
+        check(name, getattr(model, name) is None or _is_count(getattr(model, name)), "an integer of at least 1")
+    for name in ("max_episode_steps", "_stats_window_size"):
+        check(name, _is_count(getattr(model, name)), "an integer of at least 1")
+    check("gamma", _is_real(model.gamma) and 0 < model.gamma <= 1, "in (0, 1]")
+    check("ent_coef", _is_real(model.ent_coef) and model.ent_coef >= 0, "finite and at least 0")
+    rate = model.learning_rate
+    check("learning_rate", callable(rate) or (_is_real(rate) and rate >= 0), "a schedule, or finite and at least 0")
+    norm = model.max_grad_norm
+    check("max_grad_norm", norm is None or (_is_real(norm) and norm > 0), "finite and above 0, or None for no clipping")
+    check("baseline", model.baseline is None or model.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
+    check("baseline_memory", _is_real(model.baseline_memory) and 0 <= model.baseline_memory < 1, "in [0, 1)")
+    buffer = model.rollout_buffer_class
+    is_buffer = buffer is None or (isinstance(buffer, type) and issubclass(buffer, EpisodeRolloutBuffer))
+    check("rollout_buffer_class", is_buffer, "a subclass of sb3_reinforce.buffers.EpisodeRolloutBuffer")
+    check("policy_class", issubclass(model.policy_class, ActorCriticPolicy), "a subclass of SB3's ActorCriticPolicy")
+    if not issubclass(model.policy_class, MlpPolicy):
+        policy = f"{model.policy_class.__name__}: a policy of sb3_reinforce (or a subclass) is needed for anything else"
+        check("baseline", model.baseline in ("linear", None), f"'linear' or None with {policy}")
+        check("normalize_observations", not model.normalize_observations, f"False with {policy}")
+
+
+def check_learning_rate(learning_rate: float, progress_remaining: float) -> None:
+    """
+    :param learning_rate: what a schedule gives
+    :param progress_remaining: where it does so, from 1 at the beginning to 0 at the end
+    :raises ValueError: if that is no learning rate
+    """
+    if not (math.isfinite(learning_rate) and learning_rate >= 0):
+        raise ValueError(
+            f"learning_rate must be finite and at least 0, but the schedule gives {learning_rate} "
+            f"at progress_remaining={progress_remaining}"
+        )
+
+
+def check_spaces(model: "REINFORCE", policy: str | type[BasePolicy]) -> None:
+    """
+    :param model: has the spaces, and what is to be done in them
+    :param policy: as it was given to the constructor
+    :raises ValueError: naming the space that is not supported
+    """
+    action_space = model.action_space
+    if not isinstance(action_space, ACTION_SPACES):
+        raise ValueError(
+            f"REINFORCE supports the action spaces {', '.join(space.__name__ for space in ACTION_SPACES)}, "
+            f"but the environment has {action_space}"
+        )
+    if policy in ("MlpPolicy", "CnnPolicy") and isinstance(model.observation_space, spaces.Dict):
+        raise ValueError(f"You must use `MultiInputPolicy` with a dictionary observation space, not {policy}")
+    if isinstance(action_space, spaces.Box):
+        bounds = f"low={action_space.low}, high={action_space.high}"
+        if np.isnan(action_space.low).any() or np.isnan(action_space.high).any():
+            raise ValueError(f"The action space has NaN bounds: {bounds}")
+        if model.policy_kwargs.get("squash_output") and not action_space.is_bounded():
+            raise ValueError(f"squash_output=True needs finite action bounds, got {bounds}")
+    elif model.use_sde:
+        raise ValueError(f"use_sde=True (gSDE) needs continuous actions, but the environment has {action_space}")
+
+
+def check_model_file(path: str | pathlib.Path | io.BufferedIOBase) -> None:
+    """
+    :param path: where a model was saved, as for SB3's ``load``
+    :raises ValueError: if that is no complete file, or a model of another algorithm
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            saved = json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no complete model file: it is damaged, cut short, or was never one ({error})") from error
+    finally:
+        if isinstance(path, (str, pathlib.Path)):
+            file.close()
+    if not {"baseline", "max_episode_steps", "n_episodes"} & saved.keys():
+        policy_class = saved.get("policy_class", {}).get("__module__", "unknown")
+        raise ValueError(
+            f"{path} holds a model of another algorithm, not of REINFORCE (its policy is from {policy_class}). "
+            "Load it with the class that saved it"
+        )
