@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 import zipfile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -16,9 +16,7 @@ from sb3_reinforce.baselines import FEATURE_MAPS
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
 from sb3_reinforce.policies import MlpPolicy
 
-if TYPE_CHECKING:
-    from sb3_reinforce.reinforce import REINFORCE
-
+_RESHAPE = "wrap the environment, with TransformObservation or TransformAction of gymnasium.wrappers for instance"
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -30,9 +28,9 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and math.isfinite(value)
 
 
-def check_hyperparameters(model: "REINFORCE") -> None:
+def check_hyperparameters(model: Any) -> None:
     """
-    :param model: its hyperparameters as attributes, its policy not yet made
+    :param model: the algorithm: its hyperparameters as attributes, its policy not yet made
     :raises ValueError: naming the first argument that is out of its range, and its value
     """
 
@@ -80,9 +78,9 @@ def check_learning_rate(learning_rate: float, progress_remaining: float) -> None
         )
 
 
-def check_spaces(model: "REINFORCE", policy: str | type[BasePolicy]) -> None:
+def check_spaces(model: Any, policy: str | type[BasePolicy]) -> None:
     """
-    :param model: has the spaces, and what is to be done in them
+    :param model: the algorithm: has the spaces, and what is to be done in them
     :param policy: as it was given to the constructor
     :raises ValueError: naming the space that is not supported
     """
@@ -92,8 +90,18 @@ def check_spaces(model: "REINFORCE", policy: str | type[BasePolicy]) -> None:
             f"REINFORCE supports the action spaces {', '.join(space.__name__ for space in ACTION_SPACES)}, "
             f"but the environment has {action_space}"
         )
-    if policy in ("MlpPolicy", "CnnPolicy") and isinstance(model.observation_space, spaces.Dict):
+    is_dict = isinstance(model.observation_space, spaces.Dict)
+    if policy in ("MlpPolicy", "CnnPolicy") and is_dict:
         raise ValueError(f"You must use `MultiInputPolicy` with a dictionary observation space, not {policy}")
+    if policy == "MultiInputPolicy" and not is_dict:
+        raise ValueError(f"MultiInputPolicy needs a dictionary observation space, but there is {model.observation_space}")
+    for space in model.observation_space.spaces.values() if is_dict else [model.observation_space]:
+        _check_space(space, "observation")
+        if isinstance(space, spaces.Box) and space.shape == ():
+            raise ValueError(f"The observation space {space} has no dimension: make it Box(low, high, (1,))")
+    _check_space(action_space, "action")
+    if isinstance(action_space, spaces.MultiBinary) and len(action_space.shape) != 1:
+        raise ValueError(f"The action space {action_space} is not one-dimensional: {_RESHAPE}")
     if isinstance(action_space, spaces.Box):
         bounds = f"low={action_space.low}, high={action_space.high}"
         if np.isnan(action_space.low).any() or np.isnan(action_space.high).any():
@@ -104,14 +112,27 @@ def check_spaces(model: "REINFORCE", policy: str | type[BasePolicy]) -> None:
         raise ValueError(f"use_sde=True (gSDE) needs continuous actions, but the environment has {action_space}")
 
 
-def check_model_file(path: str | pathlib.Path | io.BufferedIOBase) -> None:
+def _check_space(space: spaces.Space, kind: str) -> None:
+    """SB3 takes Discrete numbers to count from 0, and MultiDiscrete to be vectors."""
+    if np.any(getattr(space, "start", 0) != 0):
+        raise ValueError(f"The {kind} space {space} does not start at 0: {_RESHAPE}")
+    if isinstance(space, spaces.MultiDiscrete) and len(space.shape) != 1:
+        raise ValueError(f"The {kind} space {space} is not one-dimensional: {_RESHAPE}")
+
+
+def check_model_file(path: str | pathlib.Path | io.BufferedIOBase, changes: dict[str, Any]) -> None:
     """
     :param path: where a model was saved, as for SB3's ``load``
-    :raises ValueError: if that is no complete file, or a model of another algorithm
+    :param changes: arguments that are to replace those that were saved
+    :raises ValueError: if that is no complete file, a model of another algorithm, or one that cannot be changed so
     """
     file = open_path(path, "r", suffix="zip")
     try:
         with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile(f"{archive.testzip()} in it is damaged")
+            for part in ("policy.pth", "policy.optimizer.pth"):
+                archive.getinfo(part)
             saved = json.loads(archive.read("data"))
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no complete model file: it is damaged, cut short, or was never one ({error})") from error
@@ -124,3 +145,9 @@ def check_model_file(path: str | pathlib.Path | io.BufferedIOBase) -> None:
             f"{path} holds a model of another algorithm, not of REINFORCE (its policy is from {policy_class}). "
             "Load it with the class that saved it"
         )
+    for name in ("baseline", "baseline_memory", "normalize_observations"):
+        if name in changes and changes[name] != saved.get(name):
+            raise ValueError(
+                f"{name}={changes[name]!r} cannot be given to a model that was saved with {name}={saved.get(name)!r}: "
+                "its policy holds what was fitted with that. Make a new model"
+            )

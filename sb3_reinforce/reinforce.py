@@ -179,7 +179,11 @@ class REINFORCE(OnPolicyAlgorithm):
         if not isinstance(env, VecEnv):
             single_env = _patch_env(env)
             if monitor_wrapper and not is_wrapped(single_env, Monitor):
+                if verbose >= 1:
+                    print("Wrapping the env with a `Monitor` wrapper")
                 single_env = Monitor(single_env)
+            if verbose >= 1:
+                print("Wrapping the env in a DummyVecEnv (an EpisodeVecEnv).")
             env = EpisodeVecEnv([lambda: single_env])
         return OnPolicyAlgorithm._wrap_env(env, verbose)
 
@@ -365,8 +369,7 @@ class REINFORCE(OnPolicyAlgorithm):
         """
         observations = self.rollout_buffer.observations
         if self.normalize_observations:
-            assert isinstance(self.policy, MlpPolicy)
-            self.policy.observation_normalizer.update(observations)
+            self.policy.observation_normalizer.update(observations)  # type: ignore[union-attr,operator]
         if self.baseline is not None:
             assert isinstance(self.policy.value_net, LinearBaseline)
             self.policy.value_net.fit(baseline_features(self.policy, observations), self.rollout_buffer.returns)
@@ -437,8 +440,8 @@ class REINFORCE(OnPolicyAlgorithm):
         :param args: as in SB3
         :param kwargs: as in SB3
         :return: new model instance with loaded parameters
-        :raises ValueError: if the file is damaged or holds a model of another algorithm, or if the spaces of the environment
-            are not those of the model
+        :raises ValueError: if the file is damaged or holds a model of another algorithm, if the spaces of the environment
+            are not those of the model, or if an argument asks for a baseline that is not the model's
         """
-        check_model_file(path)
+        check_model_file(path, kwargs)
         return super().load(path, *args, **kwargs)

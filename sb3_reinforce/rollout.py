@@ -114,7 +114,6 @@ def collect_episodes(
     """
     policy = model.policy
     policy.set_training_mode(False)
-    act = make_actor(policy)
     rollout_buffer.reset()
     if model.use_sde:
         reset_noise(policy, env.num_envs, rng)
@@ -124,6 +123,8 @@ def collect_episodes(
     # Whatever may end this rollout early, the environments are somewhere within episodes then
     model._last_episode_starts = np.zeros(env.num_envs, dtype=bool)
     callback.on_rollout_start()
+    # After the callback, which may change the policy
+    act = make_actor(policy)
 
     n_steps = n_env_steps = 0
     can_rest = find_episode_vec_env(env)
@@ -156,7 +157,7 @@ def collect_episodes(
             model._update_info_buffer(infos, dones)
 
             if episodes.step(dones):
-                warn_about_cut(model, env, episodes.max_episode_steps)
+                warn_about_cut(model, env, episodes)
             if bootstrap_timeouts:
                 rewards = rewards + model.gamma * timeout_values(policy, infos, new_obs, episodes.cut & active)
             rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active)  # type: ignore[arg-type]
@@ -226,6 +227,8 @@ def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, can_res
     finally:
         if can_rest is not None:
             can_rest.active = None
+    # Some VecEnv return float64, others float32: learning must not depend on which it is
+    rewards = np.asarray(rewards, dtype=np.float32)
     check_finite("reward", rewards, episodes)
     check_finite("observation", new_obs, episodes)
     if dones.any():
@@ -247,7 +250,11 @@ def check_finite(name: str, values: Any, episodes: EpisodeTracker, env_idx: Any 
     if isinstance(values, dict):
         for key, array in values.items():
             check_finite(f"{name} under {key!r}", array, episodes, env_idx)
-    elif values is not None and values.dtype.kind == "f" and not np.logical_and.reduce(np.isfinite(values), axis=None):
+        return
+    if not isinstance(values, np.ndarray):
+        # A terminal observation is what the environment returned, which may be a number, a list, or nothing at all
+        values = np.zeros(()) if values is None else np.asarray(values)
+    if values.dtype.kind == "f" and not np.logical_and.reduce(np.isfinite(values), axis=None):
         for idx, value in enumerate(values) if env_idx is None else [(env_idx, values)]:
             if episodes.active[idx] and not np.isfinite(value).all():
                 raise ValueError(
@@ -299,16 +306,21 @@ def _index_of_culprit(env: VecEnv, error: Exception) -> int | None:
     return None
 
 
-def warn_about_cut(model: OnPolicyAlgorithm, env: VecEnv, max_episode_steps: int) -> None:
+def warn_about_cut(model: OnPolicyAlgorithm, env: VecEnv, episodes: EpisodeTracker) -> None:
     """Warn that an episode was cut, once for each model."""
     if getattr(model, "_warned_about_cut", False):
         return
     model._warned_about_cut = True  # type: ignore[attr-defined]
-    spec = env.get_attr("spec", 0)[0]
-    name = spec.id if spec is not None else type(env.get_attr("unwrapped", 0)[0]).__name__
+    # Asking members in other processes for what they cannot send would end those
+    members = getattr(env.unwrapped, "envs", None)
+    idx = int(np.flatnonzero(episodes.cut)[0])
+    name = f"environment {idx}"
+    if members is not None:
+        member = members[idx].unwrapped
+        name = member.spec.id if member.spec is not None else type(member).__name__
     warnings.warn(
-        f"An episode of {name} was cut after max_episode_steps={max_episode_steps} steps and counts as timed out. REINFORCE "
-        "learns from whole episodes: give the environment a time limit (`max_episode_steps` of gymnasium.make, or "
+        f"An episode of {name} was cut after max_episode_steps={episodes.max_episode_steps} steps and counts as timed out. "
+        "REINFORCE learns from whole episodes: give the environment a time limit (`max_episode_steps` of gymnasium.make, or "
         "gymnasium.wrappers.TimeLimit), or raise max_episode_steps if its episodes are meant to be longer",
         stacklevel=2,
     )

@@ -134,7 +134,7 @@ class Actor:
 
 class MlpActor(Actor):
     """
-    Samples actions of a plain multi-layer perceptron on the CPU, with a copy of its weights in NumPy: for networks of a few
+    Samples actions of a plain multi-layer perceptron on the CPU with NumPy, which sees the same memory: for networks of a few
     dozen units, PyTorch's cost per call is many times that of the arithmetic. Same actions as :class:`Actor`, up to rounding.
 
     :param policy: a policy that :meth:`can_act_for` accepts, in evaluation mode
@@ -153,17 +153,19 @@ class MlpActor(Actor):
             self._clip = extractor.normalizer.clip
             self._mean, self._std = (x.numpy().ravel() for x in extractor.normalizer.shift_and_scale("", th.float32))
         self._layers = [
-            (module.weight.detach().numpy().T.copy(), module.bias.detach().numpy().copy())
+            (module.weight.detach().numpy().T, module.bias.detach().numpy())
             if isinstance(module, nn.Linear)
             else self._ACTIVATIONS[type(module)]
             for module in (*policy.mlp_extractor.policy_net, policy.action_net)
         ]
         is_gaussian = isinstance(policy.action_dist, DiagGaussianDistribution)
-        self._std_actions = np.exp(policy.log_std.detach().numpy()) if is_gaussian else None
+        self._log_std = policy.log_std.detach().numpy() if is_gaussian else None
 
     @classmethod
     def can_act_for(cls, policy: ActorCriticPolicy) -> bool:
         """Whether a policy is nothing but a normaliser (or none), Linear layers, and activations that are known here."""
+        if not isinstance(policy, ActorCriticPolicy):  # compiled, for instance
+            return False
         own = type(policy)
         extractor = policy.features_extractor
         modules = [policy, policy.mlp_extractor, policy.action_net, extractor, *policy.mlp_extractor.modules()]
@@ -197,7 +199,8 @@ class MlpActor(Actor):
                 x += layer[1]
             else:
                 layer(x)
-        actions = sample_outputs(self.policy.action_dist, x, self._std_actions, rng)
+        std = None if self._log_std is None else np.exp(self._log_std)
+        actions = sample_outputs(self.policy.action_dist, x, std, rng)
         return actions.reshape((-1, *self.policy.action_space.shape))  # type: ignore[misc]
 
 
