@@ -4,8 +4,8 @@ The article's recipe on LunarLanderContinuous-v3, against a run of the article's
     python -m benchmarks.article --jobs 2
 
 trains one model a seed with the constructor's defaults, writes ``results/article/seed_K.json`` (one entry a batch: steps,
-seconds, mean return, episodes), skips the seeds that are there already, and plots them all beside
-``reference/article_seed0.csv`` into ``docs/images/article.png``.
+seconds, mean return, episodes), skips the seeds that are there already, plots them all beside
+``reference/article_seed0.csv`` into ``docs/images/article.png``, and says in the README how they compare.
 """
 
 import argparse
@@ -13,18 +13,18 @@ import csv
 import json
 import time
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
-from benchmarks.common import REFERENCE, RESULTS, provenance, write_json
+from benchmarks.common import IMAGES, REFERENCE, RESULTS, fill_readme, provenance, write_json
 from sb3_reinforce import REINFORCE
 
 ENV = "LunarLanderContinuous-v3"
 FOLDER = RESULTS / "article"
-FIGURE = Path(__file__).parent.parent / "docs" / "images" / "article.png"
+FIGURE = IMAGES / "article.png"
+TIMESTEPS = 1_200_000
 
 
 class Batches(BaseCallback):
@@ -66,44 +66,58 @@ def smoothed(values: np.ndarray, window: int = 25) -> np.ndarray:
     return (sums[ends] - sums[begins]) / (ends - begins)
 
 
-def plot() -> None:
+def read_runs() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Steps and mean return of each batch up to ``TIMESTEPS``: of the reference, then of each seed."""
+    with open(REFERENCE / "article_seed0.csv") as file:
+        runs = [[(float(row["steps"]), float(row["mean_return"])) for row in csv.DictReader(file)]]
+    for path in sorted(FOLDER.glob("seed_*.json")):
+        runs.append([(row["steps"], row["mean_return"]) for row in json.loads(path.read_text())["batches"]])
+    arrays = [np.array(run).T for run in runs]
+    return [(steps[steps <= TIMESTEPS], returns[steps <= TIMESTEPS]) for steps, returns in arrays]
+
+
+def plot(runs: list[tuple[np.ndarray, np.ndarray]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    paths = sorted(FOLDER.glob("seed_*.json"))
-    for path in paths:
-        rows = json.loads(path.read_text())["batches"]
-        steps, returns = (np.array([row[key] for row in rows]) for key in ("steps", "mean_return"))
-        label = f"sb3-reinforce, {len(paths)} seeds" if path == paths[0] else None
-        axes.plot(steps, smoothed(returns), color="tab:blue", alpha=0.7, label=label)
-        print(f"{path.stem}: last 100 batches {returns[-100:].mean():.0f}, best batch {returns.max():.0f}")
-    with open(REFERENCE / "article_seed0.csv") as file:
-        reference = list(csv.DictReader(file))
-    steps, returns = (np.array([float(row[key]) for row in reference]) for key in ("steps", "mean_return"))
-    axes.plot(steps, smoothed(returns), color="black", label="the article's own code, seed 0")
-    within = steps <= 1.2e6
-    print(f"reference to 1.2 M steps: last 100 batches {returns[within][-100:].mean():.0f}, best {returns[within].max():.0f}")
+    for steps, returns in runs[1:]:
+        axes.plot(steps, smoothed(returns), color="tab:blue", alpha=0.7)
+    axes.lines[0].set_label(f"sb3-reinforce, {len(runs) - 1} seeds")
+    axes.plot(runs[0][0], smoothed(runs[0][1]), color="black", label="the article's own code, one seed")
     axes.axhline(200, color="gray", linestyle=":", label="solved")
-    axes.set(xlabel="steps", ylabel="return, mean of 25 batches", title=f"The article's recipe on {ENV}", xlim=(0, 1.2e6))
+    axes.set(xlabel="steps", ylabel="return, mean of 25 batches", title=f"The article's recipe on {ENV}", xlim=(0, TIMESTEPS))
     axes.legend()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=100)
-    print(f"Wrote {FIGURE}")
+
+
+def comparison(runs: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    """One sentence on how the seeds compare with the reference."""
+    (last, best), *seeds = [(returns[-100:].mean(), returns.max()) for _, returns in runs]
+    lasts, bests = zip(*seeds, strict=True)
+    return (
+        f"Over the last 100 batches before {TIMESTEPS / 1e6:g} million steps, our seeds return "
+        f"{', '.join(f'{value:.0f}' for value in lasts)} and the article's code {last:.0f}; the best single batch is "
+        f"{min(bests):.0f} to {max(bests):.0f} against {best:.0f}."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--timesteps", type=int, default=1_200_000)
+    parser.add_argument("--timesteps", type=int, default=TIMESTEPS)
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with one thread")
     arguments = parser.parse_args()
     missing = [seed for seed in arguments.seeds if not (FOLDER / f"seed_{seed}.json").exists()]
     with get_context("spawn").Pool(arguments.jobs) as pool:
         pool.starmap(run, [(seed, arguments.timesteps) for seed in missing], chunksize=1)
-    plot()
+    runs = read_runs()
+    plot(runs)
+    fill_readme("article", comparison(runs))
+    print(f"{comparison(runs)}\nWrote {FIGURE}")
 
 
 if __name__ == "__main__":

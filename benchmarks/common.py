@@ -1,7 +1,8 @@
-"""What the scripts in this folder share: where results go, and what is noted beside them."""
+"""What the scripts in this folder share: where results go, what is noted beside them, and how the README gets them."""
 
 import json
 import platform
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = Path(__file__).parent / "reference"
+README = Path(__file__).parent.parent / "README.md"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
 def provenance() -> dict[str, Any]:
@@ -28,3 +31,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content) + "\n")
     unfinished.replace(path)
+
+
+def fill_readme(block: str, text: str) -> None:
+    """
+    Replace what stands in the README between ``<!-- block -->`` and ``<!-- /block -->``.
+
+    :param block: name of the block
+    :param text: Markdown
+    :raises ValueError: if the README has no such block
+    """
+    begin, end = f"<!-- {block} -->", f"<!-- /{block} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    readme = README.read_text(encoding="utf-8")
+    if not pattern.search(readme):
+        raise ValueError(f"{README} has no block {begin} ... {end} to fill")
+    README.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", readme), encoding="utf-8")

@@ -22,7 +22,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import ResultsWriter
 
-from benchmarks.common import provenance
+from benchmarks.common import provenance, write_json
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.vec_env import EpisodeVecEnv
 
@@ -160,6 +160,10 @@ def main() -> None:
     video_return = record_video(model, folder / "landing.mp4")
 
     origin = provenance()
+    write_json(
+        folder / "result.json",
+        dict(origin, seed=arguments.seed, steps=model.num_timesteps, seconds=seconds, returns=returns, lengths=lengths),
+    )
     rate = model.num_timesteps / seconds
     rows = {
         f"return of the deterministic policy, {len(returns)} new episodes": f"{np.mean(returns):.1f} ± {np.std(returns):.1f}",
@@ -183,6 +187,7 @@ def main() -> None:
 - `model.zip`: `REINFORCE.load("{folder}/model")`
 - `learning_curve.png`, `monitor.csv`: return and length of every training episode
 - `landing.mp4`: one episode of the deterministic policy, return {video_return:.0f}
+- `result.json`: the figures above for programs, with the return and length of each evaluation episode
 - `tensorboard/`: `tensorboard --logdir {folder}/tensorboard`
 """
     (folder / "summary.md").write_text(summary, encoding="utf-8")

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
 from sb3_reinforce.baselines import LinearBaseline
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
+from sb3_reinforce.callbacks import StepsProgressBar
 from sb3_reinforce.checks import check_hyperparameters, check_learning_rate, check_model_file, check_spaces
 from sb3_reinforce.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, baseline_features, install_baseline
 from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
@@ -389,6 +390,12 @@ class REINFORCE(OnPolicyAlgorithm):
             if raised_within(self.env, error):
                 raise environment_error(self.env, error, "in reset()") from error
             raise
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if progress_bar:
+            given = callback if isinstance(callback, list) else [callback]
+            callback = [*(c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given), StepsProgressBar()]
+        return super()._init_callback(callback)
 
     def learn(
         self: SelfREINFORCE,

@@ -1,12 +1,14 @@
 """What `make train` leaves behind, and that it learns."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import train
+from benchmarks import common, showcase, train
 from sb3_reinforce import REINFORCE
 
 
@@ -14,6 +16,22 @@ def run(monkeypatch: pytest.MonkeyPatch, runs: Path, *arguments: str) -> Path:
     monkeypatch.setattr(sys, "argv", ["train", "--runs", str(runs), *arguments])
     train.main()
     return runs / "LunarLanderContinuous-v3_1"
+
+
+def show(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The README gets the pictures, and figures that are those of the run."""
+    readme = tmp_path / "README.md"
+    readme.write_text("before <!-- train -->old<!-- /train --> after")
+    monkeypatch.setattr(common, "README", readme)
+    monkeypatch.setattr(showcase, "IMAGES", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["showcase", str(folder)])
+    showcase.main()
+    assert (tmp_path / "train.png").read_bytes() == (folder / "learning_curve.png").read_bytes()
+    assert (tmp_path / "landing.gif").read_bytes().startswith(b"GIF8")
+    text = readme.read_text()
+    returns = np.array(json.loads((folder / "result.json").read_text())["returns"])
+    assert text.startswith("before <!-- train -->\n") and text.endswith("\n<!-- /train --> after")
+    assert f"returns {returns.mean():.0f} ± {returns.std():.0f} " in text
 
 
 def test_leaves_everything_in_the_folder_it_names(
@@ -34,6 +52,7 @@ def test_leaves_everything_in_the_folder_it_names(
     with open(folder / "monitor.csv") as file:
         file.readline()
         lengths = [int(row["l"]) for row in csv.DictReader(file)]
+    show(folder, monkeypatch, tmp_path)
     # Every transition that was learned from is in one of these episodes
     model = REINFORCE.load(folder / "model", env=train.ENV)
     assert sum(lengths) == model.num_timesteps >= 7000
