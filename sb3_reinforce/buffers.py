@@ -77,14 +77,14 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         # A sample of a Gaussian is stored as it was drawn, whatever the type of the action space
         action_dtype = np.float32 if isinstance(self.action_space, spaces.Box) else self.action_space.dtype
         for name, shape, dtype in (
-            ("actions", (self.action_dim,), action_dtype),
+            ("actions", self.action_space.shape or (), action_dtype),
             ("rewards", (), np.float64),
             ("episode_starts", (), bool),
             ("active", (), bool),
         ):
             self._rows[name] = allocate(self._rows.get(name), shape, dtype)
         for key, space in self._spaces.items():
-            self._observation_rows[key] = allocate(self._observation_rows.get(key), get_obs_shape(space), space.dtype)  # type: ignore[arg-type]
+            self._observation_rows[key] = allocate(self._observation_rows.get(key), space.shape or (), space.dtype)
 
     def add(  # type: ignore[override]
         self,
@@ -106,9 +106,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         if self.pos == len(self._rows["rewards"]):
             self._make_room(2 * self.pos)
         for key, rows in self._observation_rows.items():
-            entry = obs[key] if isinstance(obs, dict) else obs
-            rows[self.pos] = entry.reshape(rows.shape[1:])
-        self._rows["actions"][self.pos] = action.reshape((self.n_envs, self.action_dim))
+            rows[self.pos] = obs[key] if isinstance(obs, dict) else obs
+        self._rows["actions"][self.pos] = action
         self._rows["rewards"][self.pos] = reward
         self._rows["episode_starts"][self.pos] = episode_start
         self._rows["active"][self.pos] = active
@@ -125,7 +124,10 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         self.actions, self.rewards, self.episode_starts = (
             line_up(self._rows[name]) for name in ("actions", "rewards", "episode_starts")
         )
-        observations = {key: line_up(rows) for key, rows in self._observation_rows.items()}
+        self.actions = self.actions.reshape((-1, self.action_dim))
+        observations = {
+            key: line_up(rows).reshape((-1, *get_obs_shape(self._spaces[key]))) for key, rows in self._observation_rows.items()
+        }
         self.observations = observations if isinstance(self.observation_space, spaces.Dict) else observations[""]
         self.full = True
 

@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
 
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
-from sb3_reinforce.sampling import actions_for_env, make_actor, reset_noise
+from sb3_reinforce.sampling import all_finite, make_actor, reset_noise
 from sb3_reinforce.vec_env import EpisodeVecEnv
 
 
@@ -38,10 +38,12 @@ class EpisodeTracker:
         self.active = np.zeros(n_envs, dtype=bool)
         #: (n_envs,) environments whose last episode was cut
         self.cut = np.zeros(n_envs, dtype=bool)
-        #: (n_envs,) steps of the current episode, and number of episodes so far
-        self.steps = np.zeros(n_envs, dtype=int)
+        #: (n_envs,) step of the rollout with which the current episode began, and number of episodes so far
+        self.began = np.zeros(n_envs, dtype=int)
         self.episodes = np.zeros(n_envs, dtype=int)
-        self.n_active = self.n_transitions = self.n_started = self.n_finished = 0
+        self.n_steps = self.n_active = self.n_transitions = self.n_started = self.n_finished = 0
+        #: No episode reaches max_episode_steps before this step
+        self._next_cut = max_episode_steps
 
     def wants_more(self) -> bool:
         """Whether another episode has to be started."""
@@ -51,7 +53,8 @@ class EpisodeTracker:
         """All environments are at the start of an episode."""
         self.active = np.ones_like(self.active)
         self.cut = np.zeros_like(self.cut)
-        self.steps[:] = 0
+        self.began[:] = self.n_steps
+        self._next_cut = self.n_steps + self.max_episode_steps
         self.episodes += 1
         self.n_active = len(self.active)
         self.n_started += self.n_active
@@ -65,23 +68,29 @@ class EpisodeTracker:
             together can be reset
         """
         self.n_transitions += self.n_active
-        self.steps += 1
+        self.n_steps += 1
         # Hardly any step ends an episode, and this function is called at every step
-        if not dones.any() and self.steps.max() < self.max_episode_steps:
+        if not any_true(dones) and self.n_steps < self._next_cut:
             return False
-        cut = self.active & ~dones & (self.steps >= self.max_episode_steps)
+        cut = self.active & ~dones & (self.n_steps - self.began >= self.max_episode_steps)
         self.cut |= cut
         self.active = self.active.copy()
         for idx in np.flatnonzero(dones | cut):
             self.n_finished += 1
             if self.wants_more() and not cut[idx]:
-                self.steps[idx] = 0
+                self.began[idx] = self.n_steps
                 self.episodes[idx] += 1
                 self.n_started += 1
             else:
                 self.active[idx] = False
                 self.n_active -= 1
+        self._next_cut = int(self.began[self.active].min(initial=self.n_steps)) + self.max_episode_steps
         return bool(cut.any())
+
+
+def any_true(flags: np.ndarray) -> bool:
+    """``flags.any()`` for a handful of environments, in a tenth of its time."""
+    return True in flags.tolist()
 
 
 def collect_episodes(
@@ -124,7 +133,7 @@ def collect_episodes(
     model._last_episode_starts = np.zeros(env.num_envs, dtype=bool)
     callback.on_rollout_start()
     # After the callback, which may change the policy
-    act = make_actor(policy)
+    act = make_actor(policy, rng)
 
     n_steps = n_env_steps = 0
     can_rest = find_episode_vec_env(env)
@@ -138,8 +147,7 @@ def collect_episodes(
         while episodes.n_active:
             if model.use_sde and model.sde_sample_freq > 0 and n_steps % model.sde_sample_freq == 0:
                 reset_noise(policy, env.num_envs, rng)
-            actions = act(model._last_obs, rng)  # type: ignore[arg-type]
-            clipped_actions = actions_for_env(policy, actions)
+            actions, clipped_actions = act(model._last_obs)  # type: ignore[arg-type]
             new_obs, rewards, dones, infos = step_env(env, clipped_actions, episodes, can_rest)
             at_start = dones
             active = episodes.active
@@ -220,7 +228,7 @@ def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, can_res
     """``env.step(actions)``, with errors that say where they come from, and a check of everything that is returned."""
     try:
         if can_rest is not None:
-            can_rest.active = episodes.active
+            can_rest.active = None if episodes.n_active == env.num_envs else episodes.active
         new_obs, rewards, dones, infos = env.step(actions)
     except Exception as error:
         raise environment_error(env, error, "in step()", episodes) from error
@@ -231,7 +239,7 @@ def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, can_res
     rewards = np.asarray(rewards, dtype=np.float32)
     check_finite("reward", rewards, episodes)
     check_finite("observation", new_obs, episodes)
-    if dones.any():
+    if any_true(dones):
         for idx in np.flatnonzero(dones & episodes.active):
             check_finite("terminal observation", infos[idx].get("terminal_observation"), episodes, idx)
     return new_obs, rewards, dones, infos
@@ -254,7 +262,7 @@ def check_finite(name: str, values: Any, episodes: EpisodeTracker, env_idx: Any 
     if not isinstance(values, np.ndarray):
         # A terminal observation is what the environment returned, which may be a number, a list, or nothing at all
         values = np.zeros(()) if values is None else np.asarray(values)
-    if values.dtype.kind == "f" and not np.logical_and.reduce(np.isfinite(values), axis=None):
+    if not all_finite(values):
         for idx, value in enumerate(values) if env_idx is None else [(env_idx, values)]:
             if episodes.active[idx] and not np.isfinite(value).all():
                 raise ValueError(
@@ -266,7 +274,9 @@ def check_finite(name: str, values: Any, episodes: EpisodeTracker, env_idx: Any 
 
 def where(episodes: EpisodeTracker, env_idx: int) -> str:
     """The place of an environment's current step, in words; the step that is being taken counts."""
-    return f"at step {episodes.steps[env_idx] + 1} of its episode {episodes.episodes[env_idx]} in this rollout"
+    return (
+        f"at step {episodes.n_steps - episodes.began[env_idx] + 1} of its episode {episodes.episodes[env_idx]} in this rollout"
+    )
 
 
 def environment_error(env: VecEnv, error: Exception, doing: str, episodes: EpisodeTracker | None = None) -> RuntimeError:

@@ -55,4 +55,6 @@ class EpisodeVecEnv(DummyVecEnv):
         return self._obs_from_buf(), self.buf_rews.copy(), self.buf_dones.copy(), infos
 
     def _obs_from_buf(self) -> VecEnvObs:
+        if self.keys[0] is None:
+            return self.buf_obs[None].copy()
         return dict_to_obs(self.observation_space, OrderedDict((key, self.buf_obs[key].copy()) for key in self.keys))

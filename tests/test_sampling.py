@@ -11,15 +11,16 @@ from scipy import stats
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
-from sb3_reinforce import MlpPolicy
+from sb3_reinforce import MlpPolicy, sampling
 from sb3_reinforce.sampling import (
     Actor,
     MlpActor,
-    actions_for_env,
+    all_finite,
     bernoulli_actions,
     categorical_actions,
     gaussian_actions,
     make_actor,
+    multi_categorical_actions,
     reset_noise,
     torch_seeded_from,
 )
@@ -60,14 +61,30 @@ def test_the_fast_actor_chooses_the_actions_of_the_general_one(space: str, varia
     policy = make_policy(ACTIONS[space], **VARIANTS[variant])
     if variant == "normalised":
         policy.observation_normalizer.update(observations(50))
-    fast = make_actor(policy)
-    assert type(fast) is MlpActor
-    for seed in range(20):
-        obs = observations(seed + 1)
-        by_numpy = fast(obs, np.random.default_rng(seed))
-        by_torch = Actor(policy)(obs, np.random.default_rng(seed))
-        assert by_numpy.shape == by_torch.shape == (len(obs), *ACTIONS[space].shape)
-        np.testing.assert_allclose(by_numpy, by_torch, rtol=1e-5, atol=1e-5)
+    for n_envs in range(1, 20):
+        fast = make_actor(policy, np.random.default_rng(n_envs))
+        general = Actor(policy, np.random.default_rng(n_envs))
+        assert type(fast) is MlpActor
+        for _ in range(3):
+            obs = observations(n_envs)
+            by_numpy, by_torch = fast(obs), general(obs)
+            assert by_numpy[0].shape == by_torch[0].shape == (n_envs, *ACTIONS[space].shape)
+            for one, other in zip(by_numpy, by_torch, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("actor", [Actor, MlpActor])
+@pytest.mark.parametrize("space", ACTIONS)
+def test_noise_is_never_used_twice(space: str, actor: type[Actor], monkeypatch: pytest.MonkeyPatch):
+    """Also where one block of noise ends and the next begins."""
+    monkeypatch.setattr(sampling, "_STEPS_OF_NOISE", 3)
+    policy = make_policy(ACTIONS[space])
+    act = actor(policy, np.random.default_rng(0))
+    obs = np.repeat(observations(1), 500, axis=0)
+    steps = [act(obs)[0].reshape(500, -1) for _ in range(8)]
+    correlations = np.corrcoef([(step - step.mean(axis=0)).flatten() for step in steps])
+    # Five times what independent noise shows
+    assert np.abs(correlations - np.eye(8)).max() < 5 / np.sqrt(500)
 
 
 class Custom(MlpPolicy):
@@ -94,13 +111,13 @@ class Extractor(MlpPolicy):
     ids=["gSDE", "custom distribution", "custom extractor", "other activation"],
 )
 def test_everything_else_takes_the_general_path(policy: Callable[[], ActorCriticPolicy]):
-    assert type(make_actor(policy())) is Actor
+    assert type(make_actor(policy(), np.random.default_rng(0))) is Actor
 
 
 def test_hooks_take_the_general_path():
     policy = make_policy(ACTIONS["box"])
     policy.action_net.register_forward_hook(lambda module, args, output: output + 1)
-    assert type(make_actor(policy)) is Actor
+    assert type(make_actor(policy, np.random.default_rng(0))) is Actor
 
 
 @pytest.mark.parametrize("actor", [Actor, MlpActor])
@@ -109,7 +126,7 @@ def test_frequencies_are_those_of_the_policy(space: str, actor: type[Actor]):
     """Chi-squared (discrete) and Kolmogorov-Smirnov (continuous) tests with a fixed seed, p above 0.001."""
     policy = make_policy(ACTIONS[space])
     obs = np.repeat(observations(1), 4000, axis=0)
-    actions = actor(policy)(obs, np.random.default_rng(0)).reshape(4000, -1)
+    actions = actor(policy, np.random.default_rng(0))(obs)[0].reshape(4000, -1)
     distribution = policy.get_distribution(th.as_tensor(obs[:1])).distribution
     for column in range(actions.shape[1]):
         values = actions[:, column]
@@ -127,16 +144,33 @@ def test_frequencies_are_those_of_the_policy(space: str, actor: type[Actor]):
             assert stats.chisquare(counts, 4000 * np.array(probs) / sum(probs)).pvalue > 1e-3
 
 
-def test_rows_and_dimensions_are_independent():
-    rng = np.random.default_rng(0)
-    noise = gaussian_actions(np.zeros((2000, 3), dtype=np.float32), np.ones(3, dtype=np.float32), rng)
-    np.testing.assert_allclose(np.corrcoef(noise.T), np.eye(3), atol=0.08)
-    assert noise.dtype == np.float32
-    bits = bernoulli_actions(np.zeros((2000, 3)), rng)
-    np.testing.assert_allclose(np.corrcoef(bits.T), np.eye(3), atol=0.08)
-    assert set(np.unique(bits)) == {0, 1}
-    choices = categorical_actions(np.array([[0.0, -np.inf]] * 100), rng)
-    assert not choices.any()
+def test_formulas():
+    mean, std, noise = np.array([[1.0, 2.0]]), np.array([0.5, 3.0]), np.array([[2.0, -1.0]])
+    np.testing.assert_array_equal(gaussian_actions(mean, std, noise), [[2, -1]])
+    np.testing.assert_array_equal(categorical_actions(np.array([[0.0, 1], [0, 1]]), np.array([[2.0, 0], [0, 0]])), [0, 1])
+    logits = np.array([[0.0, 1, 5, 4, 3]])
+    np.testing.assert_array_equal(multi_categorical_actions(logits, np.zeros((1, 5)), [2, 3]), [[1, 0]])
+    np.testing.assert_array_equal(bernoulli_actions(np.array([[1.0, 1.0]]), np.array([[-0.9, -1.1]])), [[1, 0]])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_all_finite(value: float, dtype: type):
+    for position in range(6):
+        values = np.ones((2, 3), dtype=dtype)
+        assert all_finite(values)
+        values[np.unravel_index(position, (2, 3))] = value
+        assert not all_finite(values)
+        assert not all_finite(values.T)
+
+
+@pytest.mark.filterwarnings("error")
+def test_all_finite_of_values_whose_squares_overflow_and_of_other_types():
+    for dtype in (np.float16, np.float32, np.float64):
+        assert all_finite(np.full(10, np.finfo(dtype).max))
+        assert not all_finite(np.array([np.finfo(dtype).max, np.nan]))
+    for values in (np.zeros(3, dtype=np.uint8), np.zeros((0, 2)), np.array(["a"]), np.array([True])):
+        assert all_finite(values)
 
 
 @pytest.mark.parametrize("actor", [Actor, MlpActor])
@@ -145,30 +179,33 @@ def test_output_that_is_not_finite_is_refused(space: str, actor: type[Actor]):
     policy = make_policy(ACTIONS[space])
     policy.action_net.weight.data[0, 0] = np.nan
     with pytest.raises(ValueError, match=r"(?s)policy's output is not finite.*nan"):
-        actor(policy)(observations(), np.random.default_rng(0))
+        actor(policy, np.random.default_rng(0))(observations())
 
 
 def test_gsde_output_that_is_not_finite_is_refused():
     policy = make_policy(ACTIONS["box"], use_sde=True)
     policy.action_net.weight.data[0, 0] = np.nan
     with pytest.raises(ValueError, match=r"(?s)policy's output is not finite.*nan"):
-        make_actor(policy)(observations(1), np.random.default_rng(0))
+        make_actor(policy, np.random.default_rng(0))(observations(1))
 
 
-def test_actions_for_env_are_clipped():
-    low, high = np.array([-1, -np.inf], dtype=np.float32), np.array([0.5, 2], dtype=np.float32)
-    policy = make_policy(spaces.Box(low, high))
-    np.testing.assert_array_equal(actions_for_env(policy, np.array([[-3.0, -9.0], [1.0, 5.0]])), [[-1, -9], [0.5, 2]])
+def test_the_environment_gets_clipped_actions():
+    low, high = np.array([-0.1, -np.inf], dtype=np.float32), np.array([0.1, 0.2], dtype=np.float32)
+    sampled, clipped = make_actor(make_policy(spaces.Box(low, high)), np.random.default_rng(0))(observations(50))
+    np.testing.assert_array_equal(clipped, np.clip(sampled, low, high))
+    assert np.any(sampled != clipped)
 
 
-def test_actions_for_env_are_unscaled_when_squashed():
+def test_the_environment_gets_unscaled_actions_when_they_are_squashed():
     policy = make_policy(spaces.Box(0, 10, (2,)), use_sde=True, squash_output=True)
-    np.testing.assert_allclose(actions_for_env(policy, np.array([[-1.0, 0.5]])), [[0, 7.5]])
+    policy.reset_noise(5)
+    sampled, unscaled = make_actor(policy, np.random.default_rng(0))(observations())
+    np.testing.assert_allclose(unscaled, 5 * (sampled + 1), rtol=1e-5)
 
 
 def test_discrete_actions_are_passed_on():
-    actions = np.array([3, 0])
-    assert actions_for_env(make_policy(ACTIONS["discrete"]), actions) is actions
+    sampled, passed = make_actor(make_policy(ACTIONS["discrete"]), np.random.default_rng(0))(observations())
+    assert passed is sampled
 
 
 def test_torch_is_seeded_for_a_while_only():
