@@ -1,0 +1,381 @@
+"""RL Zoo's commands as users start them, this project's hyperparameter files, and what register() changes."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from argparse import Namespace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import huggingface_hub
+import numpy as np
+import optuna
+import pytest
+import requests.exceptions
+import rl_zoo3.exp_manager
+import rl_zoo3.train
+import torch as th
+import yaml
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from torch import nn
+
+from sb3_reinforce import REINFORCE, zoo
+from sb3_reinforce.vec_env import EpisodeVecEnv
+
+ENV = "LunarLanderContinuous-v3"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "zoo_configs"
+ENTRIES = yaml.safe_load((CONFIGS / "reinforce.yml").read_text())
+FIRST_RUN = Path("logs", "reinforce", f"{ENV}_1")
+MODEL = FIRST_RUN / f"{ENV}.zip"
+#: Batches of about 400 transitions
+SHORT = ["-n", "1200", "-params", "n_steps:100", "--eval-episodes", "2"]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No window, no figure that stays open, and no change of other packages that stays."""
+    zoo.register()
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(subprocess, "call", subprocess.call)
+    monkeypatch.setattr(requests.exceptions, "HTTPError", requests.exceptions.HTTPError)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A working folder in which one model has been trained from the command line, and what was printed."""
+    folder = tmp_path_factory.mktemp("work")
+    options = ["--eval-freq", "400", "--save-freq", "500", "-tb", "tensorboard", "-P", "--seed", "1"]
+    printed = python(folder, "-m", "sb3_reinforce.zoo", "train", "--env", ENV, *SHORT, *options).stdout
+    return folder, printed
+
+
+@pytest.fixture
+def folder(trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, the working folder of the test."""
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=300)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["sb3-reinforce", *arguments])
+    zoo.main()
+
+
+def experiment(folder: Path, env: str = ENV, algo: str = "reinforce", **kwargs: Any) -> Any:
+    """The model that ``train`` would train."""
+    manager = rl_zoo3.train.ExperimentManager(
+        Namespace(), algo, env, str(folder), eval_freq=-1, seed=1, device="cpu", verbose=0, **kwargs
+    )
+    return manager.setup_experiment()[0]
+
+
+def test_trains_from_any_folder(trained: tuple[Path, str]):
+    folder, printed = trained
+    assert f"Loading hyperparameters from: {CONFIGS / 'reinforce.yml'}" in printed
+    assert "Using 4 environments" in printed
+    steps = REINFORCE.load(folder / MODEL).num_timesteps
+    assert "100% ━" in printed and f" {steps:,}/1,200 " in printed
+    run_folder = folder / FIRST_RUN
+    config = yaml.unsafe_load((run_folder / ENV / "config.yml").read_text())
+    assert (config["n_steps"], config["learning_rate"], config["baseline"]) == (100, "lin_5e-3", "random")
+    assert (run_folder / "best_model.zip").exists()
+    assert list(run_folder.glob("rl_model_*_steps.zip"))
+    assert len(np.load(run_folder / "evaluations.npz")["timesteps"]) >= 2
+    assert list((folder / "tensorboard" / ENV).glob("REINFORCE_1/events.*"))
+    assert len(list(run_folder.glob("*.monitor.csv"))) == 4
+
+
+def test_the_model_needs_no_zoo_to_load(trained: tuple[Path, str]):
+    """Its schedule neither: a decaying learning rate is the same after saving and loading."""
+    script = f"""
+import sys
+sys.modules["rl_zoo3"] = None
+from sb3_reinforce import REINFORCE
+model = REINFORCE.load({str(MODEL)!r}, env={ENV!r})
+print([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], model.num_timesteps >= 1200)
+model.learn(500, reset_num_timesteps=False)
+"""
+    assert "[0.005, 0.0025, 0.0] True" in python(trained[0], "-c", script).stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--load-best"], ["--load-last-checkpoint"]])
+def test_enjoy(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, options: list[str]):
+    run(monkeypatch, "enjoy", "--env", ENV, "-n", "1100", "--no-render", *options)
+    assert "Mean reward: " in capsys.readouterr().out
+
+
+def test_enjoy_renders(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    frames: list[str] = []
+    monkeypatch.setattr(DummyVecEnv, "render", lambda self, mode: frames.append(self.render_mode))
+    run(monkeypatch, "enjoy", "--env", ENV, "-n", "20")
+    assert frames == ["human"] * 20
+
+
+def test_continues(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    before = REINFORCE.load(MODEL)
+    run(monkeypatch, "train", "--env", ENV, *SHORT, "-i", str(MODEL), "--eval-freq", "-1")
+    after = REINFORCE.load(FIRST_RUN.with_name(f"{ENV}_2") / MODEL.name)
+    assert after._n_updates >= before._n_updates + 2
+    count = "observation_normalizer.count_0"
+    assert after.policy.state_dict()[count] > before.policy.state_dict()[count]
+
+
+def test_records_a_video(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    run(monkeypatch, "record_video", "--env", ENV, "-n", "20")
+    (video,) = (folder / FIRST_RUN / "videos").glob("*.mp4")
+    assert b"ftyp" in video.read_bytes()[:16]
+
+
+def test_plots(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    labels = []
+    monkeypatch.setattr(plt, "show", lambda: labels.extend(line.get_label() for line in plt.gca().lines))
+    # rl_zoo3 plots no scores of one run alone
+    shutil.copytree(FIRST_RUN, FIRST_RUN.with_name(f"{ENV}_2"))
+    run(monkeypatch, "plot_train", "-e", ENV, "-w", "3")
+    assert sorted(labels) == [f"{ENV}_1", f"{ENV}_2"]
+    run(monkeypatch, "all_plots", "-e", ENV, "--no-display", "-o", "results")
+    assert f"|{ENV}|" in capsys.readouterr().out
+    run(monkeypatch, "plot_from_file", "-i", "results", "-o", "figure.png", "--format", "png")
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    plt.close("all")
+
+
+def test_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """It starts ``enjoy`` in a process of its own."""
+    run(monkeypatch, "benchmark", "--no-hub", "-n", "1100")
+    assert f"|reinforce|{ENV}|" in (folder / "benchmark.md").read_text()
+
+
+def test_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """There and back, through a folder that stands for the hub."""
+    hub = folder / "the hub"
+
+    def download(repo_id: str, filename: str, **kwargs: Any) -> str:
+        if not (hub / filename).exists():
+            response = SimpleNamespace(headers={}, request=None)
+            raise huggingface_hub.errors.HfHubHTTPError(f"404: {filename}", response=response)  # type: ignore[arg-type]
+        return str(hub / filename)
+
+    def upload(self: Any, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
+        shutil.copytree(folder_path, hub)
+
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    api = huggingface_hub.HfApi
+    monkeypatch.setattr(api, "create_repo", lambda self, **kwargs: "url")
+    monkeypatch.setattr(api, "snapshot_download", lambda self, local_dir, **kwargs: local_dir.mkdir(parents=True))
+    monkeypatch.setattr(api, "upload_folder", upload)
+    run(monkeypatch, "push_to_hub", "--env", ENV, "-orga", "someone", "--no-render")
+    assert "stable-baselines3" in (hub / "README.md").read_text()
+
+    run(monkeypatch, "load_from_hub", "--env", ENV, "-orga", "someone", "-f", "downloaded")
+    run(monkeypatch, "enjoy", "--env", ENV, "-f", "downloaded", "-n", "1100", "--no-render")
+    assert "Mean reward: " in capsys.readouterr().out
+
+
+def test_vec_normalize(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    params = ["-params", "normalize:True", "normalize_observations:False", "n_steps:100"]
+    run(monkeypatch, "train", "--env", ENV, "-n", "1200", *params, "--eval-freq", "500", "--eval-episodes", "1")
+    statistics = tmp_path / FIRST_RUN / ENV / "vecnormalize.pkl"
+    env = VecNormalize.load(str(statistics), DummyVecEnv([lambda: gym.make(ENV)]))
+    # Each observation once: nothing but what reset() returns is counted beside the steps
+    assert env.obs_rms.count >= 1200
+    assert not np.allclose(env.obs_rms.mean, 0)
+    run(monkeypatch, "enjoy", "--env", ENV, "--no-render", "-n", "20")
+    assert "Loading running average" in capsys.readouterr().out
+
+
+def test_training_environments_are_the_fast_ones(tmp_path: Path):
+    env = experiment(tmp_path).env
+    assert type(env) is EpisodeVecEnv
+    # With a render mode, this environment draws every frame
+    assert env.get_attr("render_mode") == [None] * 4
+    subproc = experiment(tmp_path, vec_env_type="subproc").env
+    assert type(subproc) is SubprocVecEnv
+    subproc.close()
+
+
+def test_other_algorithms_are_left_alone(tmp_path: Path):
+    model = experiment(tmp_path, "CartPole-v1", "ppo")
+    assert type(model.env) is DummyVecEnv
+    assert not isinstance(model.learning_rate, LinearSchedule)
+
+
+@pytest.mark.parametrize("env", ENTRIES)
+def test_every_entry_builds_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str):
+    # MuJoCo writes a log into the working folder
+    monkeypatch.chdir(tmp_path)
+    if env == "default":
+        assert "MountainCar-v0" not in ENTRIES
+        env = "MountainCar-v0"
+    if "mujoco" in str(gym.spec(env).entry_point) and find_spec("mujoco") is None:
+        pytest.skip("MuJoCo is not installed: pip install 'sb3-reinforce[mujoco]'")
+    model = experiment(tmp_path, env)
+    assert isinstance(model, REINFORCE)
+
+
+def test_the_general_recipe(tmp_path: Path):
+    model = experiment(tmp_path, "MountainCar-v0")
+    assert (model.n_envs, model.n_steps, model.gamma, model.learning_rate(1.0)) == (4, 750, 0.99, 5e-3)
+    assert (model.baseline, model.baseline_memory, model.normalize_observations) == ("random", 0.7, True)
+    assert model.policy_kwargs == dict(net_arch=[64, 64], log_std_init=-0.75)
+
+
+def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    model = experiment(tmp_path, config="article.yml")
+    assert (model.n_envs, model.gamma, model.n_episodes) == (1, 0.97, None)
+    # Until there are more than 3000
+    assert model.n_steps == 3001
+    assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3] * 3
+    assert (model.ent_coef, model.max_grad_norm, model.use_sde) == (0.0, None, False)
+    assert (model.normalize_advantage, model.normalize_observations, model.bootstrap_timeouts) == (True, False, False)
+    assert (model.baseline, model.baseline_memory) == ("linear", 0.0)
+    # The guard against episodes without end is out of reach
+    assert model.max_episode_steps > gym.spec(ENV).max_episode_steps
+    policy = model.policy
+    layers = [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU]
+    assert [type(layer) for layer in policy.mlp_extractor.policy_net] == layers
+    linear = [layer for layer in [*policy.mlp_extractor.policy_net, policy.action_net] if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(8, 32), (32, 32), (32, 2)]
+    for layer in linear:
+        # Glorot-uniform
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert 0.8 * bound < layer.weight.abs().max() <= bound
+        assert not layer.bias.any()
+    assert th.equal(policy.log_std, th.zeros(2)) and policy.log_std.requires_grad
+    optimizer = policy.optimizer
+    assert type(optimizer) is th.optim.Adam
+    options = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay", "amsgrad")}
+    assert options == dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False)
+    saved = yaml.safe_load((CONFIGS / "article.yml").read_text())[ENV]
+    assert saved["n_timesteps"] == 1.6e6
+
+
+def test_config_file_is_ours_unless_there_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert zoo.find_config(None) == str(CONFIGS / "reinforce.yml")
+    assert zoo.find_config("article.yml") == str(CONFIGS / "article.yml")
+    assert zoo.find_config("some.module") == "some.module"
+    for name in ("article.yml", "reinforce.yml"):
+        (tmp_path / name).touch()
+    assert zoo.find_config("article.yml") == "article.yml"
+    assert zoo.find_config(None) == str(CONFIGS / "reinforce.yml")
+
+
+def test_defaults_give_way(monkeypatch: pytest.MonkeyPatch):
+    seen: list[list[str]] = []
+    monkeypatch.setattr("rl_zoo3.enjoy.enjoy", lambda: seen.append(sys.argv[1:]))
+    run(monkeypatch, "enjoy", "--algo", "ppo", "-f", "elsewhere")
+    assert seen == [["--algo", "reinforce", "--folder", "logs", "--algo", "ppo", "-f", "elsewhere"]]
+
+
+@pytest.mark.parametrize("command", zoo.COMMANDS)
+def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit, match="0"):
+        run(monkeypatch, command, "--help")
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_register_twice():
+    def state() -> tuple[Any, ...]:
+        algos = dict(rl_zoo3.ALGOS)
+        return algos, rl_zoo3.train.ExperimentManager, rl_zoo3.exp_manager.ExperimentManager
+
+    before = state()
+    zoo.register()
+    assert state() == before
+    assert before[0]["reinforce"] is REINFORCE
+    assert before[1] is before[2]
+
+
+def test_own_script(tmp_path: Path):
+    """register() is all that a script needs, whatever it has imported before."""
+    script = """
+import sys
+from rl_zoo3.train import train
+import sb3_reinforce.zoo
+sb3_reinforce.zoo.register()
+sys.argv = ["train", "--algo", "reinforce", "--env", "CartPole-v1", "-n", "100", "--eval-freq", "-1", "-params", "n_steps:20"]
+train()
+"""
+    assert "Using 4 environments" in python(tmp_path, "-c", script).stdout
+    assert (tmp_path / "logs" / "reinforce" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
+
+
+def test_says_what_to_install(tmp_path: Path):
+    script = "import sys; sys.modules['rl_zoo3'] = None; from sb3_reinforce.zoo import main; main()"
+    process = subprocess.run([sys.executable, "-c", script, "train"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "pip install 'sb3-reinforce[zoo]'" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(("env", "n_actions"), [("CartPole-v1", 0), ("Pendulum-v1", 1)])
+def test_search_space(env: str, n_actions: int):
+    """Whatever is sampled makes a model, and reading it from the study gives the same."""
+
+    def objective(trial: optuna.Trial) -> float:
+        sampled = HYPERPARAMS_SAMPLER["reinforce"](trial, n_actions, 4, {})
+        converted = HYPERPARAMS_CONVERTER["reinforce"](trial.params)
+        rate = converted.pop("learning_rate")
+        schedule = sampled.pop("learning_rate")
+        assert schedule == rate or schedule(1.0) == float(rate.removeprefix("lin_"))
+        assert sampled == converted
+        assert ("log_std_init" in converted["policy_kwargs"]) == (n_actions > 0)
+        REINFORCE("MlpPolicy", env, learning_rate=schedule, **sampled)
+        return 0.0
+
+    optuna.create_study(sampler=optuna.samplers.RandomSampler(0)).optimize(objective, n_trials=20)
+
+
+def test_two_processes_search_in_one_study(tmp_path: Path):
+    options = ["--env", "CartPole-v1", "-n", "500", "--n-trials", "2", "--n-evaluations", "2", "--eval-episodes", "1"]
+    study = ["--optimize-hyperparameters", "--no-optim-plots", "--storage", "study.log", "--study-name", "both"]
+    command = [sys.executable, "-m", "sb3_reinforce.zoo", "train", *options, *study]
+    processes = [
+        subprocess.Popen([*command, "--seed", seed], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for seed in "12"
+    ]
+    for process in processes:
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, printed
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log")))
+    trials = optuna.load_study(study_name="both", storage=storage).trials
+    assert len(trials) == 4
+    assert {trial.state.name for trial in trials} <= {"COMPLETE", "PRUNED"}
+
+    model = experiment(tmp_path, "CartPole-v1", storage=str(tmp_path / "study.log"), study_name="both", trial_id=3)
+    assert model.gamma == trials[3].user_attrs["gamma"]
+
+
+def test_wheel_has_the_hyperparameter_files(tmp_path: Path):
+    python(ROOT, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for file in CONFIGS.iterdir():
+            assert archive.read(f"sb3_reinforce/zoo_configs/{file.name}") == file.read_bytes()
+        (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        assert b"sb3-reinforce = sb3_reinforce.zoo:main" in archive.read(entry_points)
+        archive.extractall(tmp_path / "installed")
+    script = "from sb3_reinforce import zoo; print(zoo.__file__, zoo.find_config(None))"
+    installed = tmp_path / "installed" / "sb3_reinforce"
+    assert python(tmp_path / "installed", "-c", script).stdout.split() == [
+        str(installed / "zoo.py"),
+        str(installed / "zoo_configs" / "reinforce.yml"),
+    ]
