@@ -11,13 +11,15 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test slow article format clean
+.PHONY: help train test slow article throughput peers format clean
 
 help:
 	@echo "make train    train on LunarLanderContinuous-v3 and show what came out; options with ARGS=\"...\""
 	@echo "make test     lint, types and the fast tests"
 	@echo "make slow     the tests that train for minutes"
 	@echo "make article  five seeds of the article's recipe against the article's code (half an hour)"
+	@echo "make throughput  steps a second beside peers and the environment alone (ten minutes)"
+	@echo "make peers    an environment of its own for the peers that are not installed here"
 	@echo "make format   format the code and fix what the linter can fix"
 	@echo "make clean    remove the environment, caches and builds (runs/ stays)"
 	@echo
@@ -56,10 +58,18 @@ slow: $(STAMP)
 article: $(STAMP)
 	$(PY) -m benchmarks.article --jobs 2 $(ARGS)
 
+throughput: $(STAMP)
+	$(PY) -m benchmarks.throughput $(ARGS)
+
+peers:
+	"$(PYTHON)" -m venv .venv-peers
+	.venv-peers/bin/python -m pip --disable-pip-version-check install -q $$(grep '^torch==' benchmarks/peers.txt)
+	.venv-peers/bin/python -m pip --disable-pip-version-check install -q -r benchmarks/peers.txt
+
 format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,8 @@ are the least-squares solution for the returns of the latest batch (or of a fadi
 ``Parameter``: everything is a buffer, so that it is saved with the policy and out of the optimiser's reach.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch as th
 from torch import nn
@@ -16,6 +18,18 @@ _RANK_TOLERANCE = 1e-12
 
 #: A feature whose standard deviation is below this share of its mean is a constant up to rounding.
 _CONSTANT_TOLERANCE = 1e-10
+
+
+#: Samples that are worked on at once.
+_BLOCK = 2048
+
+
+class Moments(NamedTuple):
+    """Number (or summed weight), mean (n,) and scatter matrix about the mean (n, n) of samples of n numbers."""
+
+    n_samples: float
+    mean: np.ndarray
+    scatter: np.ndarray
 
 
 class QuadraticFeatures(nn.Module):
@@ -131,44 +145,64 @@ class LinearBaseline(nn.Module):
         :param returns: (n_samples,) finite
         :raises ValueError: without a sample, or when something is not finite; the weights then stay as they were
         """
-        features = np.asarray(features, dtype=np.float64)
-        returns = np.asarray(returns, dtype=np.float64)
+        features, returns = np.asarray(features), np.asarray(returns, dtype=np.float64)
         if features.shape != (len(returns), self.in_features) or len(returns) == 0:
             raise ValueError(
                 f"The baseline needs at least one sample of {self.in_features} features and a return each, "
                 f"got features of shape {features.shape} and returns of shape {returns.shape}"
             )
-        # A sum is finite only if all its terms are (or it overflows, which is no better)
-        if not (np.isfinite(features.sum()) and np.isfinite(returns.sum())):
+        # Products that overflow are as bad as features that are not finite
+        with np.errstate(over="ignore", invalid="ignore"):
+            wide = self.memory == 0 and self.in_features > len(returns)
+            moments = None if wide else _moments(features, returns)
+            finite = np.isfinite(features).all() and np.isfinite(returns).all() if moments is None else _are_finite(moments)
+        if not finite:
             raise ValueError("The baseline cannot be fitted to features or returns that are NaN, infinite or near overflow")
-        if self.memory == 0 and self.in_features > len(returns):
-            weight, bias = _fit_wide(features, returns, self.ridge)
+        if moments is None:
+            weight, bias = _fit_wide(features.astype(np.float64), returns, self.ridge)
         else:
-            weight, bias = _fit_moments(*self._remember(*_moments(features, returns)), self.ridge)
+            weight, bias = _fit_moments(self._remember(moments), self.ridge)
         self.weight.copy_(th.as_tensor(weight)[None])
         self.bias.fill_(bias)
 
-    def _remember(self, count: float, mean: np.ndarray, scatter: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        """Merge the moments of a batch into the fading memory, if there is one (Chan et al., 1979, parallel variance)."""
+    def _remember(self, moments: Moments) -> Moments:
+        """Merge the moments of a batch into the fading memory, if there is one."""
         if self.memory == 0:
-            return count, mean, scatter
-        old_count = self.memory * self.count.item()
-        total = old_count + count
-        shift = mean - self.mean.cpu().numpy()
-        scatter = scatter + self.memory * self.scatter.cpu().numpy() + (old_count * count / total) * np.outer(shift, shift)
-        mean = mean - (old_count / total) * shift
-        self.count.fill_(total)
-        self.mean.copy_(th.as_tensor(mean))
-        self.scatter.copy_(th.as_tensor(scatter))
-        return total, mean, scatter
+            return moments
+        old = Moments(self.count.item(), self.mean.cpu().numpy(), self.scatter.cpu().numpy())
+        merged = _merge(Moments(self.memory * old.n_samples, old.mean, self.memory * old.scatter), moments)
+        self.count.fill_(merged.n_samples)
+        self.mean.copy_(th.as_tensor(merged.mean))
+        self.scatter.copy_(th.as_tensor(merged.scatter))
+        return merged
 
 
-def _moments(features: np.ndarray, returns: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """Count, mean (n + 1,) and scatter matrix about the mean (n + 1, n + 1) of the joint samples [features, return]."""
-    joint = np.column_stack([features, returns])
-    mean = joint.mean(axis=0)
-    joint -= mean
-    return float(len(joint)), mean, joint.T @ joint
+def _moments(features: np.ndarray, returns: np.ndarray) -> Moments:
+    """Moments of the joint samples [features, return], in blocks that fit in the processor's cache."""
+    n = features.shape[1] + 1
+    moments = Moments(0.0, np.zeros(n), np.zeros((n, n)))
+    for start in range(0, len(returns), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        joint = np.column_stack([features[block], returns[block]])
+        mean = joint.mean(axis=0)
+        joint -= mean
+        moments = _merge(moments, Moments(float(len(joint)), mean, joint.T @ joint))
+    return moments
+
+
+def _merge(first: Moments, second: Moments) -> Moments:
+    """Moments of two sets of samples together (Chan et al., 1979, "Updating formulae ... for computing sample variances")."""
+    n_samples = first.n_samples + second.n_samples
+    shift = second.mean - first.mean
+    mean = first.mean + (second.n_samples / n_samples) * shift
+    scatter = first.scatter + second.scatter
+    scatter += np.outer((first.n_samples * second.n_samples / n_samples) * shift, shift)
+    return Moments(n_samples, mean, scatter)
+
+
+def _are_finite(moments: Moments) -> bool:
+    """Whether all samples were: a single one that is not makes its mean, and the scatter of its feature, not finite either."""
+    return bool(np.isfinite(moments.mean).all() and np.isfinite(moments.scatter).all())
 
 
 def _standard_deviations(variances: np.ndarray, means: np.ndarray) -> np.ndarray:
@@ -177,11 +211,12 @@ def _standard_deviations(variances: np.ndarray, means: np.ndarray) -> np.ndarray
     return np.where(std > _CONSTANT_TOLERANCE * np.abs(means), std, np.inf)
 
 
-def _fit_moments(count: float, mean: np.ndarray, scatter: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+def _fit_moments(moments: Moments, ridge: float) -> tuple[np.ndarray, float]:
     """Weights and intercept from the moments of the joint samples: one solve of an (n, n) system."""
-    std = _standard_deviations(np.diag(scatter)[:-1] / count, mean[:-1])
-    correlation = scatter[:-1, :-1] / count / np.outer(std, std)
-    weight = solve_standardised(correlation, scatter[:-1, -1] / count / std, ridge) / std
+    n_samples, mean, scatter = moments
+    std = _standard_deviations(np.diag(scatter)[:-1] / n_samples, mean[:-1])
+    correlation = scatter[:-1, :-1] / n_samples / np.outer(std, std)
+    weight = solve_standardised(correlation, scatter[:-1, -1] / n_samples / std, ridge) / std
     return weight, mean[-1] - weight @ mean[:-1]
 
 

@@ -1,5 +1,6 @@
 """A rollout buffer that holds whole episodes of any length from any number of environments."""
 
+import sys
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.type_aliases import TensorDict
 
 from sb3_reinforce.returns import batch_normalise, discounted_returns
+
+_NOT_FINISHED = "The rollout is not finished: there are no whole episodes to learn from"
 
 
 class EpisodeBufferSamples(NamedTuple):
@@ -79,6 +82,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         for name, shape, dtype in (
             ("actions", self.action_space.shape or (), action_dtype),
             ("rewards", (), np.float64),
+            ("values", (), np.float64),
             ("episode_starts", (), bool),
             ("active", (), bool),
         ):
@@ -93,6 +97,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         reward: np.ndarray,
         episode_start: np.ndarray,
         active: np.ndarray,
+        values: np.ndarray | None = None,
     ) -> None:
         """
         Add one step of all environments.
@@ -102,6 +107,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         :param reward: (n_envs,) rewards
         :param episode_start: (n_envs,) whether the observation is the first of its episode
         :param active: (n_envs,) False for environments that are idle, whose entries are left out
+        :param values: (n_envs,) the baseline's values of obs, where acting has brought them along; None leaves them to a pass
+            over the whole batch
         """
         if self.pos == len(self._rows["rewards"]):
             self._make_room(2 * self.pos)
@@ -111,6 +118,9 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         self._rows["rewards"][self.pos] = reward
         self._rows["episode_starts"][self.pos] = episode_start
         self._rows["active"][self.pos] = active
+        self.has_values = values is not None
+        if values is not None:
+            self._rows["values"][self.pos] = values
         self.pos += 1
 
     def finish(self) -> None:
@@ -121,8 +131,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
             # A single environment is never idle and needs no lining up, so no copy either
             return rows[: self.pos, 0] if self.n_envs == 1 else rows[: self.pos].swapaxes(0, 1)[active]
 
-        self.actions, self.rewards, self.episode_starts = (
-            line_up(self._rows[name]) for name in ("actions", "rewards", "episode_starts")
+        self.actions, self.rewards, self.episode_starts, self.values = (
+            line_up(self._rows[name]) for name in ("actions", "rewards", "episode_starts", "values")
         )
         self.actions = self.actions.reshape((-1, self.action_dim))
         observations = {
@@ -150,22 +160,39 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         :param batch_size: transitions a batch, drawn without replacement; None for a single batch of all, in order
         :return: a generator of batches
         """
-        assert self.full, "The rollout is not finished: there are no whole episodes to learn from"
-        n_transitions = len(self.rewards)
         if batch_size is None:
-            yield self._get_samples(slice(None))  # type: ignore[arg-type]
+            yield from self.chunks(sys.maxsize)
             return
-        shuffled = np.random.permutation(n_transitions)
-        for start in range(0, n_transitions, batch_size):
+        assert self.full, _NOT_FINISHED
+        shuffled = np.random.permutation(len(self.rewards))
+        for start in range(0, len(shuffled), batch_size):
             yield self._get_samples(shuffled[start : start + batch_size])
 
-    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> EpisodeBufferSamples:  # type: ignore[override]
+    def chunks(self, size: int) -> Generator[EpisodeBufferSamples, None, None]:
+        """
+        :param size: transitions a chunk, at least 1
+        :return: a generator of all transitions in order, as many as that at a time
+        """
+        assert self.full, _NOT_FINISHED
+        for start in range(0, len(self.rewards), size):
+            yield self._get_samples(slice(start, start + size))  # type: ignore[arg-type]
+
+    def observation_chunks(self, size: int) -> Generator[th.Tensor | TensorDict, None, None]:
+        """
+        :param size: transitions a chunk, at least 1
+        :return: a generator of the observations alone, for which no returns are needed
+        """
+        for start in range(0, len(self.rewards), size):
+            yield self._get_observations(slice(start, start + size))
+
+    def _get_observations(self, batch_inds: np.ndarray | slice) -> Any:
         if isinstance(self.observations, dict):
-            observations: Any = {key: self.to_torch(obs[batch_inds]) for key, obs in self.observations.items()}
-        else:
-            observations = self.to_torch(self.observations[batch_inds])
+            return {key: self.to_torch(obs[batch_inds]) for key, obs in self.observations.items()}
+        return self.to_torch(self.observations[batch_inds])
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> EpisodeBufferSamples:  # type: ignore[override]
         others = (self.actions, self.values, self.advantages, self.returns)
         # What is too large for float32 becomes infinite, which the update refuses
         with np.errstate(over="ignore"):
             tensors = [self.to_torch(array[batch_inds].astype(np.float32, copy=False)) for array in others]
-        return EpisodeBufferSamples(observations, *tensors)
+        return EpisodeBufferSamples(self._get_observations(batch_inds), *tensors)

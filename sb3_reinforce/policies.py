@@ -6,13 +6,16 @@ features. Here that branch is a fixed feature map and the linear layer a
 :class:`~sb3_reinforce.baselines.LinearBaseline`, so that ``predict_values``, saving, loading and devices are SB3's own.
 """
 
+import sys
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
+from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import (
@@ -23,14 +26,13 @@ from stable_baselines3.common.torch_layers import (
     NatureCNN,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
 from sb3_reinforce.baselines import FEATURE_MAPS, LinearBaseline
 
-#: Observations pass through the feature extractor in chunks of this many when no gradient is needed: it bounds the memory
-#: that the activations of a CNN take, and is no slower.
-_CHUNK = 1024
+#: Observations pass through networks in chunks of so many numbers: what the layers of a CNN return then stays in the
+#: processor's cache, and takes no memory to speak of.
+_CHUNK = 2_000_000
 
 
 class ObservationNormalizer(nn.Module):
@@ -251,27 +253,47 @@ def install_baseline(policy: ActorCriticPolicy, baseline: str | None, memory: fl
     policy.value_net = LinearBaseline(policy.mlp_extractor.latent_dim_vf, ridge, memory)  # type: ignore[assignment]
 
 
-def baseline_features(policy: ActorCriticPolicy, observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+def chunk_size(policy: BasePolicy) -> int:
+    """
+    How many observations a policy should be shown at a time. The gradient of a batch is the sum of those of its chunks,
+    except with batch normalisation, which has to see all of a batch at once.
+
+    :param policy: the policy
+    :return: number of observations, at least 1
+    """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
+        return sys.maxsize
+    return max(1, _CHUNK // spaces.flatdim(policy.observation_space))
+
+
+def baseline_features(policy: ActorCriticPolicy, observations: Iterable[PyTorchObs]) -> np.ndarray:
     """
     What the baseline of a policy is linear in, for a batch of observations, without gradients.
 
     :param policy: the policy, in evaluation mode
-    :param observations: (n_transitions, ...) raw observations, or a dictionary of these
+    :param observations: (n, ...) tensors, or dictionaries of these: the batch in chunks
     :return: (n_transitions, n_features) float32
     """
-    if isinstance(observations, dict):
-        n_transitions = len(next(iter(observations.values())))
-    else:
-        n_transitions = len(observations)
     features = []
     with th.no_grad():
-        for start in range(0, n_transitions, _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            if isinstance(observations, dict):
-                obs = obs_as_tensor({key: value[chunk] for key, value in observations.items()}, policy.device)
-            else:
-                obs = obs_as_tensor(observations[chunk], policy.device)
+        for obs in observations:
             # As in SB3's predict_values
             extracted = BaseModel.extract_features(policy, obs, policy.vf_features_extractor)
             features.append(policy.mlp_extractor.forward_critic(extracted).cpu().numpy())
     return np.concatenate(features)
+
+
+@contextmanager
+def baseline_inputs(policy: ActorCriticPolicy) -> Iterator[list[np.ndarray]]:
+    """
+    Keep what the baseline is asked about for a while: whoever evaluates actions extracts its features, too.
+
+    :param policy: the policy
+    :return: list that is filled with (batch, n_features) arrays, one for each call of the baseline
+    """
+    kept: list[np.ndarray] = []
+    handle = policy.value_net.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].detach().cpu().numpy()))
+    try:
+        yield kept
+    finally:
+        handle.remove()

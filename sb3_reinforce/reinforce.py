@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
@@ -21,10 +22,18 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
 from sb3_reinforce.baselines import LinearBaseline
-from sb3_reinforce.buffers import EpisodeRolloutBuffer
+from sb3_reinforce.buffers import EpisodeBufferSamples, EpisodeRolloutBuffer
 from sb3_reinforce.callbacks import StepsProgressBar
 from sb3_reinforce.checks import check_hyperparameters, check_learning_rate, check_model_file, check_spaces
-from sb3_reinforce.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, baseline_features, install_baseline
+from sb3_reinforce.policies import (
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    baseline_features,
+    baseline_inputs,
+    chunk_size,
+    install_baseline,
+)
 from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
 from sb3_reinforce.sampling import nan_explained
 from sb3_reinforce.vec_env import EpisodeVecEnv
@@ -267,11 +276,12 @@ class REINFORCE(OnPolicyAlgorithm):
         if not collect_episodes(self, env, callback, rollout_buffer, rng, episodes, self.bootstrap_timeouts):
             return False
 
-        values = np.zeros(len(rollout_buffer.rewards))
-        if self.baseline is not None:
-            features = th.as_tensor(baseline_features(self.policy, rollout_buffer.observations), device=self.device)
-            values = self.policy.value_net(features).cpu().numpy().flatten()
-        rollout_buffer.compute_returns_and_advantage(values)
+        if self.baseline is None:
+            rollout_buffer.values = np.zeros(len(rollout_buffer.rewards))
+        elif not rollout_buffer.has_values:
+            features = th.as_tensor(self._baseline_features(), device=self.device)
+            rollout_buffer.values = self.policy.value_net(features).cpu().numpy().flatten()
+        rollout_buffer.compute_returns_and_advantage(rollout_buffer.values)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -291,25 +301,18 @@ class REINFORCE(OnPolicyAlgorithm):
         advantage_std = self.rollout_buffer.advantages.std()
         if self.normalize_advantage:
             self.rollout_buffer.normalize_advantages()
-        (batch,) = self.rollout_buffer.get()
-        actions = batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
-
-        _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
-        policy_loss = -(batch.advantages * log_prob).mean()
-        # Approximate the entropy when it has no analytical form
-        entropy_loss = log_prob.mean() if entropy is None else -entropy.mean()
-        grad_norm = self._compute_gradient(policy_loss + self.ent_coef * entropy_loss)
-        new_log_prob = self._take_step(batch.observations, actions)
+        policy_loss, entropy_loss, log_prob, grad_norm = self._compute_gradient()
+        new_log_prob, features = self._take_step()
         self._n_updates += 1
-        self._refit_baseline()
+        self._refit_baseline(features)
 
         # Estimator k3 of http://joschu.net/blog/kl-approx.html
-        log_ratio = new_log_prob - log_prob.detach()
+        log_ratio = new_log_prob - log_prob
         approx_kl = (th.exp(log_ratio) - 1 - log_ratio).mean().item()
         values, returns = self.rollout_buffer.values, self.rollout_buffer.returns
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/policy_gradient_loss", policy_loss.item())
-        self.logger.record("train/entropy_loss", entropy_loss.item())
+        self.logger.record("train/policy_gradient_loss", policy_loss)
+        self.logger.record("train/entropy_loss", entropy_loss)
         self.logger.record("train/grad_norm", grad_norm)
         self.logger.record("train/approx_kl", approx_kl)
         self.logger.record("train/advantage_std", advantage_std)
@@ -318,62 +321,83 @@ class REINFORCE(OnPolicyAlgorithm):
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
 
-    def _compute_gradient(self, loss: th.Tensor) -> float:
-        """
-        Leave the gradient of the loss, clipped if asked for, in the parameters.
+    def _chunks(self) -> Iterator[tuple[EpisodeBufferSamples, th.Tensor]]:
+        """The batch, as much of it at a time as the policy should be shown, with actions as the policy evaluates them."""
+        for batch in self.rollout_buffer.chunks(chunk_size(self.policy)):
+            yield batch, batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
 
-        :param loss: a scalar
-        :return: norm of the gradient before clipping
+    def _compute_gradient(self) -> tuple[float, float, th.Tensor, float]:
+        """
+        Leave the gradient of the loss over the whole batch, clipped if asked for, in the parameters.
+
+        :return: policy loss, entropy loss, log-probabilities of the actions (n_transitions,), norm of the gradient before
+            clipping
         :raises ValueError: if it is not finite
         """
+        policy_loss = entropy_loss = 0.0
+        log_probs = []
         self.policy.optimizer.zero_grad()
-        loss.backward()
+        for batch, actions in self._chunks():
+            _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+            share = len(log_prob) / len(self.rollout_buffer.rewards)
+            chunk_policy_loss = -share * (batch.advantages * log_prob).mean()
+            # Approximate the entropy when it has no analytical form
+            chunk_entropy_loss = share * (log_prob.mean() if entropy is None else -entropy.mean())
+            (chunk_policy_loss + self.ent_coef * chunk_entropy_loss).backward()
+            policy_loss += chunk_policy_loss.item()
+            entropy_loss += chunk_entropy_loss.item()
+            log_probs.append(log_prob.detach())
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm).item()
         if not math.isfinite(grad_norm):
             self.policy.optimizer.zero_grad()
             raise ValueError(
-                f"The gradient of update {self._n_updates + 1} is not finite (loss {loss.item()}): the step was not taken. "
+                f"The gradient of update {self._n_updates + 1} is not finite (loss {policy_loss}): the step was not taken. "
                 "Rewards, observations or coefficients may be too large: scale them down"
             )
-        return grad_norm
+        return policy_loss, entropy_loss, th.cat(log_probs), grad_norm
 
-    def _take_step(self, observations: th.Tensor | TensorDict, actions: th.Tensor) -> th.Tensor:
+    def _take_step(self) -> tuple[th.Tensor, np.ndarray | None]:
         """
         Let the optimiser take a step, and undo it if the policy is no good after it.
 
-        :param observations: (n_transitions, ...) of the batch
-        :param actions: (n_transitions, ...) of the batch
-        :return: (n_transitions,) log-probabilities of the actions after the step
-        :raises ValueError: if they are not finite
+        :return: log-probabilities (n_transitions,) of the batch's actions after the step, and what the baseline is linear in
+            (n_transitions, n_features) if the policy has looked at it on the way
+        :raises ValueError: if a log-probability is not finite
         """
         weights = [parameter.detach().clone() for parameter in self.policy.parameters()]
         self.policy.optimizer.step()
         # Evaluation mode: a look at the new policy must not change the statistics of batch norm
         self.policy.set_training_mode(False)
-        with th.no_grad():
+        with th.no_grad(), baseline_inputs(self.policy) as features:
             try:
                 with nan_explained():
-                    _, log_prob, _ = self.policy.evaluate_actions(observations, actions)
+                    log_prob = th.cat([self.policy.evaluate_actions(b.observations, a)[1] for b, a in self._chunks()])
                 if not th.isfinite(log_prob).all():
                     raise ValueError("The policy's output is not finite: its own actions have log-probabilities that are not")
-                return log_prob
             except ValueError as error:
                 for parameter, before in zip(self.policy.parameters(), weights, strict=True):
                     parameter.copy_(before)
                 raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
+        return log_prob, np.concatenate(features) if sum(map(len, features)) == len(log_prob) else None
 
-    def _refit_baseline(self) -> None:
+    def _refit_baseline(self, features: np.ndarray | None) -> None:
         """
         Bring the observation statistics up to date, then fit the baseline to the batch that has been learned from, with the
         statistics and the feature extractor that it will be used with.
+
+        :param features: what it is linear in, with the new feature extractor; None if that is not known
         """
-        observations = self.rollout_buffer.observations
         if self.normalize_observations:
-            self.policy.observation_normalizer.update(observations)  # type: ignore[union-attr,operator]
+            self.policy.observation_normalizer.update(self.rollout_buffer.observations)  # type: ignore[union-attr,operator]
+            features = None
         if self.baseline is not None:
             assert isinstance(self.policy.value_net, LinearBaseline)
-            self.policy.value_net.fit(baseline_features(self.policy, observations), self.rollout_buffer.returns)
+            self.policy.value_net.fit(self._baseline_features() if features is None else features, self.rollout_buffer.returns)
+
+    def _baseline_features(self) -> np.ndarray:
+        """What the baseline is linear in, for all transitions of the batch."""
+        return baseline_features(self.policy, self.rollout_buffer.observation_chunks(chunk_size(self.policy)))
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         # Whole episodes may go past total_timesteps: a schedule ends at 0 all the same

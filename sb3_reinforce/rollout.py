@@ -168,7 +168,7 @@ def collect_episodes(
                 warn_about_cut(model, env, episodes)
             if bootstrap_timeouts:
                 rewards = rewards + model.gamma * timeout_values(policy, infos, new_obs, episodes.cut & active)
-            rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active)  # type: ignore[arg-type]
+            rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active, act.values)  # type: ignore[arg-type]
             episode_starts = dones
             model._last_obs = new_obs
         if can_rest is not None:

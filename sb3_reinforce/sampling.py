@@ -23,6 +23,7 @@ from stable_baselines3.common.distributions import (
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
@@ -102,6 +103,9 @@ class Actor:
     def __init__(self, policy: ActorCriticPolicy, rng: np.random.Generator):
         self.policy = policy
         self.rng = rng
+        #: (n_envs,) the baseline's values, if it shares a feature extractor that is costly enough to be used only once
+        self.values: np.ndarray | None = None
+        self._shares_features = _shares_features(policy)
         self._noise: Iterator[np.ndarray] = iter(())
         space = policy.action_space
         self._action_shape = space.shape or ()
@@ -111,7 +115,8 @@ class Actor:
         """
         :param observations: (n_envs, ...) as a ``VecEnv`` returns them
         :return: (n_envs, *action shape) actions as sampled, and what the environment gets for them, as in SB3: unscaled when
-            the policy squashes them, else clipped to the bounds of the action space
+            the policy squashes them, else clipped to the bounds of the action space. ``values`` are then those of the same
+            observations, or None
         :raises ValueError: when the policy's output is NaN or infinite
         """
         actions = self._sample(observations).reshape((-1, *self._action_shape))
@@ -127,7 +132,7 @@ class Actor:
         with th.no_grad():
             obs_tensor = obs_as_tensor(observations, self.policy.device)
             with nan_explained():
-                distribution = self.policy.get_distribution(obs_tensor)
+                distribution = self._get_distribution(obs_tensor)
             if type(distribution) not in _NOISE:
                 with torch_seeded_from(self.rng, self.policy.device):
                     actions = distribution.get_actions().cpu().numpy()
@@ -139,6 +144,15 @@ class Actor:
                 return self._sample_outputs(parts.mean.cpu().numpy(), parts.stddev.cpu().numpy())
             logits = th.cat([part.logits for part in parts], dim=1) if isinstance(parts, list) else parts.logits
             return self._sample_outputs(logits.cpu().numpy())
+
+    def _get_distribution(self, obs_tensor: PyTorchObs) -> Distribution:
+        """``policy.get_distribution()``, which also leaves the values where they come almost for nothing."""
+        if not self._shares_features:
+            return self.policy.get_distribution(obs_tensor)
+        features = self.policy.extract_features(obs_tensor)
+        latent_pi, latent_vf = self.policy.mlp_extractor(features)
+        self.values = self.policy.value_net(latent_vf).cpu().numpy().flatten()
+        return self.policy._get_action_dist_from_latent(latent_pi)
 
     def _sample_outputs(self, outputs: np.ndarray, std: np.ndarray | None = None) -> np.ndarray:
         """
@@ -163,6 +177,17 @@ class Actor:
         if isinstance(action_dist, MultiCategoricalDistribution):
             return multi_categorical_actions(outputs, noise, action_dist.action_dims)
         return bernoulli_actions(outputs, noise)
+
+
+def _shares_features(policy: ActorCriticPolicy) -> bool:
+    """Whether the actor's features, which took a network to extract, are those of the baseline as well."""
+    return (
+        isinstance(policy, ActorCriticPolicy)
+        and type(policy).get_distribution is ActorCriticPolicy.get_distribution
+        and type(policy).predict_values is ActorCriticPolicy.predict_values
+        and policy.share_features_extractor
+        and any(True for _ in policy.features_extractor.parameters())
+    )
 
 
 class MlpActor(Actor):

@@ -11,7 +11,7 @@ from torch import nn
 
 from sb3_reinforce import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_reinforce.baselines import LinearBaseline, QuadraticFeatures, RandomFeatures
-from sb3_reinforce.policies import ObservationNormalizer, baseline_features
+from sb3_reinforce.policies import ObservationNormalizer, baseline_features, baseline_inputs, chunk_size
 from tests.envs import RandomEnv
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
@@ -87,7 +87,7 @@ def test_acting_the_update_and_the_baseline_see_the_same_normalised_observations
     np.testing.assert_allclose(
         policy.predict(raw.numpy(), deterministic=True)[0], plain.predict(normalized.numpy(), deterministic=True)[0], rtol=1e-6
     )
-    np.testing.assert_allclose(baseline_features(policy, raw.numpy()), normalized.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(baseline_features(policy, [raw]), normalized.numpy(), rtol=1e-6)
 
 
 def test_separate_extractors_share_one_normaliser():
@@ -132,8 +132,8 @@ def test_the_critic_branch_is_a_fixed_feature_map(baseline: str | None, feature_
     assert type(policy.mlp_extractor.value_net) is feature_map
     assert isinstance(policy.value_net, LinearBaseline)
     assert policy.value_net.in_features == n_features
-    observations = np.random.default_rng(0).normal(size=(2500, 3)).astype(np.float32)  # more than one chunk
-    features = baseline_features(policy, observations)
+    observations = np.random.default_rng(0).normal(size=(2500, 3)).astype(np.float32)
+    features = baseline_features(policy, map(th.as_tensor, np.split(observations, [1000, 2000])))
     assert features.shape == (2500, n_features)
     np.testing.assert_array_equal(features[:, :3], observations)
 
@@ -149,7 +149,7 @@ def test_values_are_the_fitted_baseline():
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(50, 3)).astype(np.float32)
-    policy.value_net.fit(baseline_features(policy, observations), observations @ [1, 2, 3] + 4)
+    policy.value_net.fit(baseline_features(policy, [th.as_tensor(observations)]), observations @ [1, 2, 3] + 4)
     values = policy.predict_values(th.as_tensor(observations)).numpy().flatten()
     np.testing.assert_allclose(values, observations @ [1, 2, 3] + 4, rtol=1e-6)
 
@@ -166,7 +166,7 @@ def test_the_baseline_of_images_and_dictionaries_acts_on_extracted_features(poli
         if space == "dict"
         else np.stack([observation_space.sample() for _ in range(4)])
     )
-    assert baseline_features(policy, observations).shape == (4, n_features)
+    assert baseline_features(policy, [policy.obs_to_tensor(observations)[0]]).shape == (4, n_features)
 
 
 def test_a_vf_architecture_is_ignored_with_a_warning():
@@ -174,3 +174,22 @@ def test_a_vf_architecture_is_ignored_with_a_warning():
         policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, net_arch=dict(pi=[7], vf=[5]))
     assert policy.mlp_extractor.latent_dim_pi == 7
     assert policy.mlp_extractor.latent_dim_vf == 3
+
+
+def test_chunks_of_images_are_small_and_batch_normalisation_sees_everything():
+    assert chunk_size(MlpPolicy(VECTOR, CONTINUOUS, schedule)) > 1e6
+    assert 50 < chunk_size(CnnPolicy(spaces.Box(0, 255, (4, 84, 84), dtype=np.uint8), CONTINUOUS, schedule)) < 100
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
+    policy.mlp_extractor.policy_net.append(nn.BatchNorm1d(32))
+    assert chunk_size(policy) > 1e18
+
+
+def test_what_the_baseline_is_asked_about_is_kept_for_a_while():
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
+    observations = th.randn(7, 3)
+    with baseline_inputs(policy) as kept:
+        policy.predict_values(observations)
+        policy.evaluate_actions(observations[:2], th.zeros(2, 2))
+    policy.predict_values(observations)
+    assert [array.shape for array in kept] == [(7, 3), (2, 3)]
+    np.testing.assert_array_equal(kept[0], observations.numpy())

@@ -13,7 +13,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from sb3_reinforce import REINFORCE
+from sb3_reinforce import REINFORCE, policies
+from sb3_reinforce.baselines import LinearBaseline
 from tests.envs import RandomEnv, ScriptedEnv, scripted
 
 LANDER = "LunarLanderContinuous-v3"
@@ -125,6 +126,70 @@ class TestUpdate:
         model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=100, seed=0, baseline=None, **kwargs)
         model.learn(100, callback=rollouts)
         return rollouts.gradients[0]
+
+    @pytest.mark.parametrize("space", ["vector", "image", "dictionary"])
+    def test_a_batch_in_chunks_is_the_same_as_all_at_once(self, space: str, monkeypatch: pytest.MonkeyPatch):
+        image, vector = spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8), spaces.Box(-1, 1, (3,))
+        policy, observation_space = {
+            "vector": ("MlpPolicy", vector),
+            "image": ("CnnPolicy", image),
+            "dictionary": ("MultiInputPolicy", spaces.Dict(image=image, vector=vector)),
+        }[space]
+
+        def learn() -> np.ndarray:
+            env = RandomEnv(observation_space, spaces.Discrete(3), 8)
+            model = REINFORCE(policy, env, n_steps=30, seed=0, ent_coef=0.1, baseline=None).learn(90)
+            return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().numpy()
+
+        whole = learn()
+        monkeypatch.setattr(policies, "_CHUNK", 7 * spaces.flatdim(observation_space))
+        np.testing.assert_allclose(learn(), whole, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("normalize_observations", [False, True])
+    @pytest.mark.parametrize("share_features_extractor", [False, True])
+    def test_the_baseline_is_used_and_fitted_with_the_features_of_the_policy_as_it_is(
+        self, normalize_observations: bool, share_features_extractor: bool
+    ):
+        """On images, whose features change with every update: whichever pass over them the features come from."""
+        space = spaces.Dict(image=spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8), vector=spaces.Box(-1, 1, (3,)))
+        seen = []
+
+        class Values(BaseCallback):
+            def _on_step(self) -> bool:
+                return True
+
+            def _on_rollout_start(self) -> None:
+                if self.n_calls:
+                    self.check_fit()
+
+            def _on_rollout_end(self) -> None:
+                buffer = self.model.rollout_buffer
+                observations = next(buffer.observation_chunks(10**9))
+                expected = self.model.policy.predict_values(observations).detach().numpy().flatten()
+                np.testing.assert_allclose(buffer.values, expected, rtol=1e-4, atol=1e-4)
+                seen.append(buffer.values)
+
+            def check_fit(self) -> None:
+                policy, buffer = self.model.policy, self.model.rollout_buffer
+                features = policies.baseline_features(policy, buffer.observation_chunks(10**9))
+                expected = LinearBaseline(features.shape[1])
+                expected.fit(features, buffer.returns)
+                np.testing.assert_allclose(
+                    policy.value_net(th.as_tensor(features)), expected(th.as_tensor(features)), rtol=1e-3, atol=1e-3
+                )
+
+        policy_kwargs = dict(share_features_extractor=share_features_extractor)
+        env = RandomEnv(space, spaces.Discrete(3), 8)
+        model = REINFORCE(
+            "MultiInputPolicy",
+            env,
+            n_steps=30,
+            seed=0,
+            normalize_observations=normalize_observations,
+            policy_kwargs=policy_kwargs,
+        )
+        model.learn(120, callback=Values())
+        assert len(seen) >= 4 and np.ptp(seen[-1]) > 0
 
     def test_max_grad_norm_clips_the_gradient(self):
         free, clipped = self.gradient(), self.gradient(max_grad_norm=1e-3)

@@ -1,0 +1,325 @@
+"""
+How fast is it? Steps a second of `learn()` beside its peers and the environment alone, and what is done in between.
+
+    python -m benchmarks.throughput                # about ten minutes
+    make peers                                     # once, for the bars of libraries that are not installed here
+
+Everything runs in one process on one thread (peers that are not installed: in their own), in turn, several times over. All
+that act take the same actions: samples of a standard Gaussian (or a fair coin), because last layers are zero and so are
+learning rates. Prints the table, writes ``results/throughput.json`` (with every single measurement) and
+``docs/images/throughput.png``, and fills the README.
+"""
+
+import argparse
+import subprocess
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from benchmarks.common import IMAGES, RESULTS, fill_readme, provenance, write_json
+from sb3_reinforce import REINFORCE
+from sb3_reinforce.baselines import LinearBaseline
+from sb3_reinforce.returns import batch_normalise, discounted_returns
+from sb3_reinforce.vec_env import EpisodeVecEnv
+
+LANDER = "LunarLanderContinuous-v3"
+IMAGE_ENV = "images of 84 x 84 x 4"
+PEERS = Path(".venv-peers/bin/python")
+OURS, ALONE, TIANSHOU = "REINFORCE", "environment alone", "Tianshou Reinforce"
+
+#: A contestant takes at least so many steps and returns steps a second
+Contestant = Callable[[int], float]
+
+
+class RandomImages(gym.Env):
+    """Random images, episodes of 100 steps: an environment that costs nothing beside the network that looks at it."""
+
+    observation_space = spaces.Box(0, 255, (84, 84, 4), dtype=np.uint8)
+    action_space = spaces.Discrete(6)
+    images = np.random.default_rng(0).integers(256, size=(16, 84, 84, 4), dtype=np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        self.n_steps = 0
+        return self.images[0], {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.n_steps += 1
+        return self.images[self.n_steps % 16], 1.0, False, self.n_steps == 100, {}
+
+
+class Nothing(BaseCallback):
+    """A user's callback, which does nothing."""
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class BetweenRollouts(BaseCallback):
+    """Measures how long it takes from the last step of a rollout to the first moment of the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_step = self.between = 0.0
+
+    def _on_step(self) -> bool:
+        self.last_step = time.perf_counter()
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.last_step:
+            self.between += time.perf_counter() - self.last_step
+
+
+def environment_alone(env_id: str) -> Contestant:
+    """The loop that no algorithm can be faster than."""
+    env = gym.make(env_id)
+
+    def run(n_steps: int) -> float:
+        rng = np.random.default_rng(0)
+        space = env.action_space
+        if isinstance(space, spaces.Box):
+            noise = rng.standard_normal((n_steps, *space.shape), dtype=np.float32)
+            actions: Any = np.clip(noise, space.low, space.high)
+        else:
+            assert isinstance(space, spaces.Discrete)
+            actions = rng.integers(space.n, size=n_steps)
+        env.reset(seed=0)
+        started = time.perf_counter()
+        for action in actions:
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                env.reset()
+        return n_steps / (time.perf_counter() - started)
+
+    return run
+
+
+def make_model(cls: type[OnPolicyAlgorithm], env: Any, n_steps: int, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+    """A model that acts at random whatever it learns, and logs to nothing."""
+    if policy == "MlpPolicy":
+        kwargs.setdefault("policy_kwargs", dict(net_arch=[32, 32]))
+    model: Any = cls(policy, env, n_steps=n_steps, learning_rate=0.0, seed=0, device="cpu", **kwargs)
+    with th.no_grad():
+        model.policy.action_net.weight.zero_()
+        model.policy.action_net.bias.zero_()
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    return model
+
+
+def learning(model: OnPolicyAlgorithm) -> Contestant:
+    """``learn()``, after one iteration to get warm."""
+    model.learn(1, callback=Nothing())
+
+    def run(n_steps: int) -> float:
+        before, started = model.num_timesteps, time.perf_counter()
+        model.learn(n_steps, callback=Nothing(), reset_num_timesteps=False)
+        return (model.num_timesteps - before) / (time.perf_counter() - started)
+
+    return run
+
+
+def tianshou(n_envs: int) -> Contestant:
+    """Tianshou in its own environment."""
+
+    def run(n_steps: int) -> float:
+        script = Path(__file__).parent / "peer_tianshou.py"
+        command = [str(PEERS), "-W", "ignore", str(script), LANDER, str(n_envs), str(n_steps)]
+        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+    return run
+
+
+def vec_env(env_id: str, n_envs: int, vec_env_cls: type[DummyVecEnv]) -> DummyVecEnv:
+    if env_id == IMAGE_ENV:
+        return make_vec_env(RandomImages, n_envs, vec_env_cls=vec_env_cls)  # type: ignore[return-value]
+    return make_vec_env(env_id, n_envs, env_kwargs=dict(render_mode=None), vec_env_cls=vec_env_cls)  # type: ignore[return-value]
+
+
+def make_contestants() -> dict[tuple[str, int], dict[str, Contestant]]:
+    """By environment and number of environments."""
+    contestants: dict[tuple[str, int], dict[str, Contestant]] = {}
+    for env_id in (LANDER, "CartPole-v1", "Pendulum-v1"):
+        contestants[env_id, 1] = {
+            ALONE: environment_alone(env_id),
+            OURS: learning(make_model(REINFORCE, gym.make(env_id), 3000)),
+            "A2C": learning(make_model(A2C, gym.make(env_id), 3000)),
+        }
+    contestants[LANDER, 1] |= {
+        f"{OURS}, from a string": learning(make_model(REINFORCE, LANDER, 3000)),
+        "A2C, from a string": learning(make_model(A2C, LANDER, 3000)),
+    }
+    contestants[LANDER, 8] = {
+        ALONE: environment_alone(LANDER),
+        OURS: learning(make_model(REINFORCE, vec_env(LANDER, 8, DummyVecEnv), 2048)),
+        f"{OURS}, EpisodeVecEnv": learning(make_model(REINFORCE, vec_env(LANDER, 8, EpisodeVecEnv), 2048)),
+        "A2C": learning(make_model(A2C, vec_env(LANDER, 8, DummyVecEnv), 2048)),
+    }
+    contestants[IMAGE_ENV, 8] = {
+        OURS: learning(make_model(REINFORCE, vec_env(IMAGE_ENV, 8, DummyVecEnv), 100, "CnnPolicy")),
+        "A2C": learning(make_model(A2C, vec_env(IMAGE_ENV, 8, DummyVecEnv), 100, "CnnPolicy")),
+    }
+    if PEERS.exists():
+        for n_envs in (1, 8):
+            contestants[LANDER, n_envs][TIANSHOU] = tianshou(n_envs)
+    else:
+        print(f"Tianshou is left out: there is no {PEERS} (make peers)")
+    return contestants
+
+
+def measure_update(repeats: int) -> list[float]:
+    """Share of the time of an iteration that is not spent in its rollout, with the article's settings."""
+    model = make_model(REINFORCE, gym.make(LANDER), 3000)
+    shares = []
+    for _ in range(repeats):
+        between = BetweenRollouts()
+        started = time.perf_counter()
+        model.learn(12_000, callback=between, reset_num_timesteps=False)
+        shares.append(between.between / (time.perf_counter() - started))
+    return shares
+
+
+def measure_returns(repeats: int) -> tuple[list[float], float]:
+    """Seconds for returns and advantages of a million transitions in 5,000 episodes, and peak memory over the arrays' own."""
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, 1_000_000))
+    starts = np.zeros(len(rewards), dtype=bool)
+    starts[0] = True
+    starts[rng.choice(np.arange(1, len(rewards)), 4999, replace=False)] = True
+
+    def run() -> tuple[np.ndarray, np.ndarray]:
+        returns = discounted_returns(rewards, starts, 0.99)
+        return returns, batch_normalise(returns - values)
+
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        results = run()
+        seconds.append(time.perf_counter() - started)
+    tracemalloc.start()
+    run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    arrays = sum(array.nbytes for array in (rewards, values, starts, *results))
+    return seconds, (peak + rewards.nbytes + values.nbytes + starts.nbytes) / arrays
+
+
+def measure_baseline(repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds to fit the baseline to 100,000 x 348, and for NumPy's least squares on the normal equations of the same."""
+    rng = np.random.default_rng(0)
+    features, returns = rng.normal(size=(100_000, 348)), rng.normal(size=100_000)
+    baseline = LinearBaseline(348)
+    ours, numpys = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        baseline.fit(features, returns)
+        ours.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        design = np.column_stack([features, np.ones(len(features))])
+        np.linalg.lstsq(design.T @ design, design.T @ returns, rcond=None)
+        numpys.append(time.perf_counter() - started)
+    return ours, numpys
+
+
+def medians(rates: dict[str, list[float]]) -> dict[str, float]:
+    return {name: float(np.median(values)) for name, values in rates.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: what was aimed at, and what was measured."""
+    speed = {tuple(key.rsplit(" x", 1)): medians(rates) for key, rates in result["steps_per_second"].items()}
+
+    def ratio(env: str, n_envs: int, ours: str, theirs: str) -> float:
+        return speed[env, str(n_envs)][ours] / speed[env, str(n_envs)][theirs]
+
+    fit = np.median(result["baseline_seconds"]) / np.median(result["lstsq_seconds"])
+    string = ", from a string"
+    rows = [
+        ("1 lander, share of the environment alone", "at least 0.55", ratio(LANDER, 1, OURS, ALONE)),
+        ("1 lander, times A2C", "at least 5", ratio(LANDER, 1, OURS, "A2C")),
+        ("1 lander named by a string, times A2C", "at least 6.5", ratio(LANDER, 1, OURS + string, "A2C" + string)),
+        ("8 landers, share of the environment alone", "at least 0.65", ratio(LANDER, 8, OURS, ALONE)),
+        ("the same in an `EpisodeVecEnv`", "", ratio(LANDER, 8, f"{OURS}, EpisodeVecEnv", ALONE)),
+        ("8 landers, times A2C", "at least 1.6", ratio(LANDER, 8, OURS, "A2C")),
+        ("CartPole-v1, times A2C", "at least 4", ratio("CartPole-v1", 1, OURS, "A2C")),
+        ("Pendulum-v1, times A2C", "at least 4", ratio("Pendulum-v1", 1, OURS, "A2C")),
+        (f"CnnPolicy, 8 environments of {IMAGE_ENV}, times A2C", "at least 1", ratio(IMAGE_ENV, 8, OURS, "A2C")),
+        ("time between rollouts, share of the iteration", "at most 0.05", np.median(result["update_share"])),
+        ("returns and advantages of 1 million transitions, seconds", "at most 0.2", np.median(result["returns_seconds"])),
+        ("memory for that, over the arrays' own", "at most 3", result["returns_memory"]),
+        ("baseline fit, 100,000 x 348, over `numpy.linalg.lstsq`", "at most 1.5", fit),
+    ]
+    if TIANSHOU in speed[LANDER, "1"]:
+        rows.insert(3, ("1 lander, times Tianshou's Reinforce", "", ratio(LANDER, 1, OURS, TIANSHOU)))
+    lines = [f"| {what} | {aim} | {value:.3g} |" for what, aim, value in rows]
+    return "\n".join(["| what | aim | measured |", "| --- | --- | --- |", *lines])
+
+
+def plot(result: dict[str, Any]) -> None:
+    """Share of the speed of the environment alone, for one and for eight landers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True, sharex=True)
+    for axes, n_envs in zip(both, (1, 8), strict=True):
+        rates = result["steps_per_second"][f"{LANDER} x{n_envs}"]
+        alone = np.median(rates[ALONE])
+        names = sorted((name for name in rates if name != ALONE), key=lambda name: np.median(rates[name]))
+        shares = [np.median(rates[name]) / alone for name in names]
+        colors = ["tab:blue" if name.startswith(OURS) else "tab:gray" for name in names]
+        axes.bar_label(axes.barh(names, shares, color=colors), fmt="%.2f", padding=3)
+        axes.set(title=f"{n_envs} environment{'s' * (n_envs > 1)}", xlabel="share of the environment's own speed", xlim=(0, 1))
+    figure.savefig(IMAGES / "throughput.png", dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6000, help="steps of one measurement, at least")
+    arguments = parser.parse_args()
+    th.set_num_threads(1)
+
+    contestants = make_contestants()
+    rates: dict[str, dict[str, list[float]]] = {}
+    for repeat in range(arguments.repeats):
+        for (env, n_envs), group in contestants.items():
+            for name, run in group.items():
+                rate = run(800 if env == IMAGE_ENV else arguments.steps)
+                rates.setdefault(f"{env} x{n_envs}", {}).setdefault(name, []).append(rate)
+        print(f"Repeat {repeat + 1} of {arguments.repeats} done", flush=True)
+    returns_seconds, returns_memory = measure_returns(arguments.repeats)
+    baseline_seconds, lstsq_seconds = measure_baseline(arguments.repeats)
+    result = dict(
+        provenance(),
+        steps_per_second=rates,
+        update_share=measure_update(arguments.repeats),
+        returns_seconds=returns_seconds,
+        returns_memory=returns_memory,
+        baseline_seconds=baseline_seconds,
+        lstsq_seconds=lstsq_seconds,
+    )
+    write_json(RESULTS / "throughput.json", result)
+    plot(result)
+    fill_readme("throughput", table(result))
+    for case, group_rates in rates.items():
+        for name, rate in medians(group_rates).items():
+            print(f"{case:35} {name:30} {rate:10,.0f} steps/s")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
