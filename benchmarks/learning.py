@@ -1,0 +1,187 @@
+"""
+Learning, over many seeds: one JSON a run, in ``results/learning/ENV/NAME/seed_K.json``.
+
+    python -m benchmarks.learning --env LunarLanderContinuous-v3 --seeds 1000-1019 --jobs 2
+    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo ppo --seeds 1000-1004 --until 200
+    python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 1000-1009 --timesteps 1000000
+
+Algorithms are those of RL Zoo, each with the settings of its hyperparameter file, and ``defaults``: REINFORCE as its
+constructor makes it, on an environment named by a string. Runs that are there already are skipped. Every so many steps the
+deterministic policy is evaluated on environments that training never sees, with the clock of the run stopped; at the end, the
+final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another ``--name``.
+"""
+
+import argparse
+import contextlib
+import io
+import tempfile
+import time
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization, unwrap_vec_normalize
+
+from benchmarks.common import RESULTS, provenance, write_json
+from sb3_reinforce import REINFORCE
+from sb3_reinforce.vec_env import EpisodeVecEnv
+
+FOLDER = RESULTS / "learning"
+#: Seeds of environments count up from here for evaluations; no training gets such a seed
+EVALUATION_SEED = 2**31 - 10_000
+
+
+class Evaluations(BaseCallback):
+    """
+    Evaluates the deterministic policy between rollouts, off the clock.
+
+    :param every: steps from one evaluation to the next
+    :param n_episodes: of one evaluation
+    :param until: stop training when an evaluation reaches this return
+    """
+
+    def __init__(self, every: int, n_episodes: int, until: float | None):
+        super().__init__()
+        self.every = every
+        self.n_episodes = n_episodes
+        self.until = until
+        self.points: list[dict[str, float]] = []
+        self.started = time.perf_counter()
+        self.next = every
+        self.passed = False
+
+    def _init_callback(self) -> None:
+        self.env = evaluation_env(self.model)
+
+    def _on_step(self) -> bool:
+        return not self.passed
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps < self.next:
+            return
+        stopped = time.perf_counter()
+        mean = float(np.mean(evaluate(self.model, self.env, self.n_episodes)))
+        training = [info["r"] for info in self.model.ep_info_buffer or []]
+        self.points.append(
+            dict(
+                steps=self.num_timesteps,
+                seconds=round(stopped - self.started, 2),
+                mean_return=round(mean, 2),
+                training_return=round(float(np.mean(training)), 2),
+            )
+        )
+        self.passed = self.until is not None and mean >= self.until
+        self.next = (self.num_timesteps // self.every + 1) * self.every
+        self.started += time.perf_counter() - stopped
+
+
+def evaluation_env(model: BaseAlgorithm) -> VecEnv:
+    """Ten copies of the plain environment (with the model's VecNormalize, if it has one, which no longer learns)."""
+    assert model.env is not None
+    spec = model.env.get_attr("spec", 0)[0]
+    env: Any = make_vec_env(spec.id, 10, EVALUATION_SEED, env_kwargs=dict(render_mode=None), vec_env_cls=EpisodeVecEnv)
+    if unwrap_vec_normalize(model.env) is not None:
+        env = VecNormalize(env, training=False, norm_reward=False)
+    return env
+
+
+def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> list[float]:
+    if isinstance(env, VecNormalize):
+        sync_envs_normalization(model.env, env)  # type: ignore[arg-type]
+    returns, _ = evaluate_policy(model, env, n_episodes, return_episode_rewards=True)
+    assert isinstance(returns, list)
+    return returns
+
+
+def make_model(algo: str, env_id: str, seed: int, timesteps: int | None, params: dict[str, Any]) -> tuple[Any, int]:
+    """A new model, and for how many steps it is to learn."""
+    if algo == "defaults":
+        return REINFORCE("MlpPolicy", env_id, seed=seed, device="cpu", **params), timesteps or 1_000_000
+    import rl_zoo3.exp_manager
+
+    import sb3_reinforce.zoo
+
+    sb3_reinforce.zoo.register()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        manager = rl_zoo3.exp_manager.ExperimentManager(
+            argparse.Namespace(),
+            algo,
+            env_id,
+            folder,
+            n_timesteps=timesteps or 0,
+            eval_freq=-1,
+            hyperparams=params,
+            seed=seed,
+            verbose=0,
+            device="cpu",
+        )
+        experiment = manager.setup_experiment()
+    assert experiment is not None
+    return experiment[0], manager.n_timesteps
+
+
+def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:
+    th.set_num_threads(1)
+    model, timesteps = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
+    evaluations = Evaluations(arguments.every, arguments.episodes, arguments.until)
+    model.learn(timesteps, callback=evaluations)
+    seconds = time.perf_counter() - evaluations.started
+    final = [] if evaluations.passed else evaluate(model, evaluations.env, 100)
+    write_json(
+        FOLDER / env_id / name / f"seed_{seed}.json",
+        dict(
+            provenance(),
+            env=env_id,
+            algo=algo,
+            name=name,
+            seed=seed,
+            differs=arguments.set,
+            timesteps=model.num_timesteps,
+            seconds=round(seconds, 1),
+            evaluations=evaluations.points,
+            final_returns=[round(value, 2) for value in final],
+        ),
+    )
+    reached = f"{np.mean(final):.1f}" if final else "stopped at the aim"
+    print(f"{env_id} {name} seed {seed}: {reached}, {model.num_timesteps:,} steps in {seconds:.0f} s", flush=True)
+
+
+def seeds(text: str) -> list[int]:
+    """``0,3,1000-1019``"""
+    bounds = [[int(bound) for bound in part.split("-")] for part in text.split(",")]
+    return [seed for bound in bounds for seed in range(bound[0], bound[-1] + 1)]
+
+
+def main() -> None:
+    from rl_zoo3.utils import StoreDict
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", nargs="+", required=True)
+    parser.add_argument("--algo", default="reinforce", help="reinforce, defaults, ppo, a2c, trpo")
+    parser.add_argument("--seeds", type=seeds, default="1000-1019")
+    parser.add_argument("--timesteps", type=int, help="if not those of the file")
+    parser.add_argument("--every", type=int, default=20_000, help="steps between evaluations")
+    parser.add_argument("--episodes", type=int, default=30, help="of one evaluation")
+    parser.add_argument("--until", type=float, help="stop when an evaluation reaches this return")
+    parser.add_argument("--set", nargs="+", action=StoreDict, default={}, help="key:value, in the place of what the file has")
+    parser.add_argument("--name", help="of the folder, if not that of the algorithm")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with one thread")
+    arguments = parser.parse_args()
+    name = arguments.name or arguments.algo
+    missing = [
+        (arguments.algo, name, env_id, seed, arguments)
+        for seed in arguments.seeds
+        for env_id in arguments.env
+        if not (FOLDER / env_id / name / f"seed_{seed}.json").exists()
+    ]
+    with get_context("spawn").Pool(arguments.jobs) as pool:
+        pool.starmap(run, missing, chunksize=1)
+
+
+if __name__ == "__main__":
+    main()

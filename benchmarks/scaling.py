@@ -1,0 +1,91 @@
+"""
+How speed changes with the number of environments, the size of the batch, and the width of the network.
+
+    python -m benchmarks.scaling                   # about ten minutes
+
+Steps a second of `learn()` on LunarLanderContinuous-v3, one thing varied at a time from a batch of 4,096 steps of 4
+environments and two hidden layers of 64 units. Writes ``results/scaling.json`` and ``docs/images/scaling.png``.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from benchmarks.common import IMAGES, RESULTS, provenance, write_json
+from benchmarks.throughput import LANDER, environment_alone, make_model, vec_env
+from sb3_reinforce import REINFORCE
+from sb3_reinforce.vec_env import EpisodeVecEnv
+
+AXES = {
+    "environments": [1, 2, 4, 8, 16, 32, 64],
+    "batch": [1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000],
+    "width": [32, 64, 128, 256, 512, 1024],
+}
+REPEATS = 3
+
+
+def measure(environments: int = 4, batch: int = 4096, width: int = 64) -> dict[str, float]:
+    """Steps a second of one setting, and the share of the time that is not spent in rollouts."""
+    policy_kwargs = dict(net_arch=[width, width])
+    env = vec_env(LANDER, environments, EpisodeVecEnv)
+    model = make_model(REINFORCE, env, max(1, batch // environments), policy_kwargs=policy_kwargs, baseline="random")
+    seconds_of_update = 0.0
+    train = model.train
+
+    def clocked() -> None:
+        nonlocal seconds_of_update
+        started = time.perf_counter()
+        train()
+        seconds_of_update += time.perf_counter() - started
+
+    model.train = clocked
+    started = time.perf_counter()
+    model.learn(max(batch, 10_000))
+    seconds = time.perf_counter() - started
+    return dict(steps_per_second=model.num_timesteps / seconds, update_share=seconds_of_update / seconds)
+
+
+def plot(samples: dict[str, dict[str, list[dict[str, float]]]], alone: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True, constrained_layout=True)
+    labels = ("number of environments", "transitions in a batch", "units of each hidden layer")
+    for axes, (name, of_one), label in zip(panels, samples.items(), labels, strict=True):
+        rates = [np.median([sample["steps_per_second"] for sample in repeats]) for repeats in of_one.values()]
+        shares = [np.median([sample["update_share"] for sample in repeats]) for repeats in of_one.values()]
+        axes.plot(AXES[name], rates, "o-", color="tab:blue", label="learn()")
+        rollouts = np.array(rates) / (1 - np.array(shares))
+        axes.plot(AXES[name], rollouts, "--", color="tab:blue", alpha=0.6, label="its rollouts alone")
+        axes.axhline(alone, color="gray", linestyle=":", label="environment alone")
+        axes.set(xscale="log", xlabel=label, ylim=(0, None))
+    panels[0].set_ylabel("steps a second")
+    panels[-1].legend()
+    figure.savefig(IMAGES / "scaling.png", dpi=100)
+
+
+def main() -> None:
+    th.set_num_threads(1)
+    samples: dict[str, Any] = {name: {str(value): [] for value in values} for name, values in AXES.items()}
+    run_alone = environment_alone(LANDER)
+    alone = []
+    for _ in range(REPEATS):
+        alone.append(run_alone(20_000))
+        for name, values in AXES.items():
+            for value in values:
+                samples[name][str(value)].append(measure(**{name: value}))
+                latest = samples[name][str(value)][-1]
+                print(
+                    f"{name} {value}: {latest['steps_per_second']:,.0f} steps/s, update {latest['update_share']:.1%}",
+                    flush=True,
+                )
+    write_json(RESULTS / "scaling.json", dict(provenance(), environment_alone=alone, measured=samples))
+    plot(samples, float(np.median(alone)))
+
+
+if __name__ == "__main__":
+    main()
