@@ -1,0 +1,134 @@
+"""
+The learning curves, the table of final returns and the README's headline, from what `benchmarks.learning` has written.
+
+    python -m benchmarks.figures
+
+The interquartile mean (IQM) is the mean of the middle half of the runs' returns, and its interval is the 95 % percentile
+bootstrap over runs (Agarwal et al., 2021, "Deep reinforcement learning at the edge of the statistical precipice"; for a single
+environment their stratified bootstrap is the ordinary one).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.common import IMAGES, fill_readme
+from benchmarks.learning import FOLDER
+
+LANDER = "LunarLanderContinuous-v3"
+SOLVED = 200.0
+COLORS = {"reinforce": "tab:blue", "defaults": "tab:cyan", "ppo": "tab:orange", "a2c": "tab:green", "trpo": "tab:red"}
+
+
+def read(env_id: str, name: str) -> list[dict[str, Any]]:
+    """The runs of one environment and algorithm, by seed."""
+    runs = [json.loads(path.read_text()) for path in (FOLDER / env_id / name).glob("seed_*.json")]
+    return sorted(runs, key=lambda run: run["seed"])
+
+
+def iqm(values: np.ndarray, axis: int = -1) -> Any:
+    """Interquartile mean."""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the IQM."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(values.min()), float(values.max())
+    result = stats.bootstrap((values,), iqm, method="percentile", n_resamples=2000, rng=np.random.default_rng(0))
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def solved_at(run: dict[str, Any], what: str) -> float:
+    """Steps or seconds until an evaluation first reached 200; infinite if none did."""
+    return min((point[what] for point in run["evaluations"] if point["mean_return"] >= SOLVED), default=np.inf)
+
+
+def table() -> str:
+    """One row for each environment and algorithm with finished runs."""
+    lines = [
+        "| environment | algorithm | seeds | steps | return: IQM [95 % interval] | worst and best seed | seconds a run |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for folder in sorted(FOLDER.glob("*/*")):
+        runs = [run for run in read(folder.parent.name, folder.name) if run["final_returns"]]
+        if not runs:
+            continue
+        returns = np.array([np.mean(run["final_returns"]) for run in runs])
+        low, high = interval(returns)
+        steps = np.median([run["timesteps"] for run in runs])
+        seconds = np.median([run["seconds"] for run in runs])
+        lines.append(
+            f"| {folder.parent.name} | {folder.name} | {len(runs)} | {steps / 1e6:.2g} M "
+            f"| {iqm(returns):.1f} [{low:.1f}, {high:.1f}] | {returns.min():.1f}, {returns.max():.1f} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def curves(env_id: str, path: Path) -> None:
+    """Median and interquartile band over seeds of the evaluations, against steps and against seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, constrained_layout=True)
+    for folder in sorted((FOLDER / env_id).iterdir()):
+        runs = [run for run in read(env_id, folder.name) if run["evaluations"]]
+        if not runs:
+            continue
+        for axes, what in zip(panels, ("steps", "seconds"), strict=True):
+            # Runs that stopped at their aim are shown as far as all of a kind go
+            end = min(run["evaluations"][-1][what] for run in runs)
+            grid = np.linspace(0, end, 60)[1:]
+            returns = [
+                np.interp(grid, [p[what] for p in run["evaluations"]], [p["mean_return"] for p in run["evaluations"]])
+                for run in runs
+            ]
+            low, middle, high = np.percentile(returns, [25, 50, 75], axis=0)
+            color = COLORS.get(folder.name)
+            axes.plot(grid, middle, color=color, label=f"{folder.name}, {len(runs)} seeds")
+            axes.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
+    panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
+    panels[1].set(xlabel="seconds of training, one core", xscale="log")
+    for axes in panels:
+        if env_id == LANDER:
+            axes.axhline(SOLVED, color="gray", linestyle=":")
+    panels[0].legend()
+    figure.savefig(path, dpi=100)
+
+
+def headline() -> str:
+    """What the README says first of learning."""
+    runs = read(LANDER, "reinforce")
+    returns = np.array([np.mean(run["final_returns"]) for run in runs])
+    low, high = interval(returns)
+    steps, seconds = (np.median([solved_at(run, what) for run in runs]) for what in ("steps", "seconds"))
+    text = (
+        f"On {LANDER}, {np.sum(returns >= SOLVED)} of {len(returns)} seeds end at 200 or more: IQM {iqm(returns):.0f} "
+        f"[{low:.0f}, {high:.0f}], worst {returns.min():.0f} (100 deterministic episodes of each final policy). The median "
+        f"seed first passes 200 after {steps:,.0f} steps and {seconds:.0f} seconds"
+    )
+    ppo = read(LANDER, "ppo")
+    if not ppo:
+        return text + "."
+    theirs = np.median([solved_at(run, "seconds") for run in ppo])
+    return text + (
+        f"; PPO with RL Zoo's settings on the same machine ({len(ppo)} seeds) after {theirs:.0f} seconds, "
+        f"{theirs / seconds:.1f} times as long."
+    )
+
+
+def main() -> None:
+    for folder in sorted(FOLDER.iterdir()):
+        curves(folder.name, IMAGES / f"learning_{folder.name}.png")
+    fill_readme("learning", table())
+    fill_readme("headline", headline())
+    print(f"{table()}\n\n{headline()}")
+
+
+if __name__ == "__main__":
+    main()

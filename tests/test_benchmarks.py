@@ -1,0 +1,143 @@
+"""The scripts that make the figures: what they measure, and that they say what they measured."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import common, figures, learning, profile, throughput
+from sb3_reinforce import REINFORCE
+from tests.envs import ScriptedEnv
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(learning, "FOLDER", tmp_path / "learning")
+    monkeypatch.setattr(figures, "FOLDER", tmp_path / "learning")
+    monkeypatch.setattr(figures, "IMAGES", tmp_path)
+    monkeypatch.setattr(common, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("<!-- headline --><!-- /headline --><!-- learning --><!-- /learning -->")
+    return tmp_path
+
+
+def learn(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    class InThisProcess:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def starmap(self, function: Any, jobs: Any, chunksize: int) -> None:
+            for job in jobs:
+                function(*job)
+
+    monkeypatch.setattr(learning, "get_context", lambda _: type("Context", (), {"Pool": lambda *_: InThisProcess()}))
+    monkeypatch.setattr(sys, "argv", ["learning", *arguments])
+    learning.main()
+
+
+def test_runs_of_the_file_and_of_the_defaults_are_written_once(results: Path, monkeypatch: pytest.MonkeyPatch):
+    small = ["--env", "CartPole-v1", "--timesteps", "3000", "--every", "1000", "--episodes", "3"]
+    learn(monkeypatch, *small, "--seeds", "0,5", "--algo", "defaults", "--set", "n_steps:500", "gamma:0.9")
+    learn(monkeypatch, *small, "--seeds", "5-6")
+    paths = sorted(str(path.relative_to(results / "learning")) for path in results.glob("learning/*/*/*"))
+    assert paths == [f"CartPole-v1/{run}.json" for run in ("defaults/seed_0", "defaults/seed_5", *REINFORCE_SEEDS)]
+    run = json.loads((results / "learning/CartPole-v1/defaults/seed_5.json").read_text())
+    assert run["differs"] == {"n_steps": 500, "gamma": 0.9}
+    assert (run["seed"], run["algo"], len(run["final_returns"])) == (5, "defaults", 100)
+    steps = [point["steps"] for point in run["evaluations"]]
+    assert steps == sorted(steps) and len(steps) >= 2 and steps[0] >= 1000
+    assert "stable-baselines3" in run["versions"]
+    written = {path: path.stat().st_mtime_ns for path in results.glob("learning/*/*/*")}
+    learn(monkeypatch, *small, "--seeds", "5-6")
+    assert written == {path: path.stat().st_mtime_ns for path in results.glob("learning/*/*/*")}
+
+
+REINFORCE_SEEDS = ("reinforce/seed_5", "reinforce/seed_6")
+
+
+def test_a_run_may_stop_at_its_aim(results: Path, monkeypatch: pytest.MonkeyPatch):
+    small = ["--env", "CartPole-v1", "--timesteps", "50000", "--every", "1000", "--episodes", "3", "--seeds", "0"]
+    learn(monkeypatch, *small, "--algo", "defaults", "--until", "5")
+    run = json.loads((results / "learning/CartPole-v1/defaults/seed_0.json").read_text())
+    assert run["timesteps"] < 20_000
+    assert run["final_returns"] == [] and run["evaluations"][-1]["mean_return"] >= 5
+
+
+def fake_run(name: str, seed: int, mean: float, first: int) -> None:
+    evaluations = [
+        dict(steps=steps, seconds=steps / 1000, mean_return=200.0 if steps >= first else 0.0, training_return=0.0)
+        for steps in range(100, 1001, 100)
+    ]
+    path = learning.FOLDER / figures.LANDER / name / f"seed_{seed}.json"
+    content = dict(seed=seed, evaluations=evaluations, timesteps=1000, seconds=1.0, final_returns=[mean - 1, mean + 1])
+    common.write_json(path, content)
+
+
+def test_figures_are_those_of_the_runs(results: Path):
+    means = [100.0, 210, 220, 230, 240, 250, 260, 270]
+    for seed, mean in enumerate(means):
+        fake_run("reinforce", seed, mean, 100 * (seed + 1))
+    fake_run("ppo", 0, 250, 900)
+    figures.main()
+    readme = (results / "README.md").read_text()
+    assert "7 of 8 seeds end at 200 or more: IQM 235 " in readme
+    assert "worst 100 " in readme
+    assert "after 450 steps" in readme
+    assert "2.0 times as long" in readme
+    assert f"| {figures.LANDER} | reinforce | 8 | 0.001 M | 235.0 [" in readme
+    assert (results / f"learning_{figures.LANDER}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interval_covers_the_true_value_as_often_as_it_says():
+    """200 experiments of 12 runs from a normal distribution, whose interquartile mean is its mean; fixed seed."""
+    rng = np.random.default_rng(0)
+    bounds = [figures.interval(rng.normal(3, 2, size=12)) for _ in range(200)]
+    covered = sum(low <= 3 <= high for low, high in bounds)
+    # The percentile bootstrap of a dozen runs is known to cover a little less than it says
+    assert 0.85 <= covered / 200 <= 0.98
+    assert figures.iqm(np.array([1.0, 2, 3, 100])) == 2.5 == stats.trim_mean([1, 2, 3, 100], 0.25)
+
+
+def test_clocks_count_every_moment_once():
+    clocks = profile.Clocks()
+    inner = clocks.clocked(lambda: time.sleep(0.02), "environment")
+    outer = clocks.clocked(lambda: (time.sleep(0.01), inner(), inner()), "VecEnv")
+    outer()
+    assert clocks.seconds["environment"] == pytest.approx(0.04, abs=0.01)
+    assert clocks.seconds["VecEnv"] == pytest.approx(0.01, abs=0.01)
+
+
+def test_what_is_measured_acts_at_random_and_learns_nothing():
+    model = throughput.make_model(REINFORCE, ScriptedEnv([5]), 20, policy_kwargs=dict(net_arch=[4]))
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    assert throughput.learning(model)(100) > 0
+    assert all((one == other).all() for one, other in zip(before, model.policy.parameters(), strict=True))
+    actions = model.rollout_buffer.actions
+    assert np.abs(actions.mean()) < 1 and 0.3 < actions.std() < 2
+    assert throughput.environment_alone("CartPole-v1")(200) > 0
+
+
+def test_the_table_has_the_ratios_of_the_medians():
+    rates = {
+        f"{throughput.LANDER} x1": {throughput.ALONE: [9, 10, 99], throughput.OURS: [6, 6, 7], "A2C": [1, 1, 1]},
+        f"{throughput.LANDER} x8": {throughput.ALONE: [10], throughput.OURS: [7], "A2C": [2]},
+    }
+    rates[f"{throughput.LANDER} x1"] |= {f"{throughput.OURS}, from a string": [7], "A2C, from a string": [0.5]}
+    rates[f"{throughput.LANDER} x8"] |= {f"{throughput.OURS}, EpisodeVecEnv": [8]}
+    for case in ("CartPole-v1 x1", "Pendulum-v1 x1", f"{throughput.IMAGE_ENV} x8"):
+        rates[case] = {throughput.OURS: [5], "A2C": [1]}
+    others = dict(update_share=[0.02], returns_seconds=[0.1], returns_memory=1.5, baseline_seconds=[3], lstsq_seconds=[2])
+    text = throughput.table(dict(steps_per_second=rates, **others))
+    for row in (
+        "environment alone | at least 0.55 | 0.6 |",
+        "times A2C | at least 6.5 | 14 |",
+        "lstsq` | at most 1.5 | 1.5 |",
+    ):
+        assert row in text
