@@ -32,8 +32,8 @@ from sb3_reinforce import REINFORCE
 from sb3_reinforce.vec_env import EpisodeVecEnv
 
 FOLDER = RESULTS / "learning"
-#: Seeds of environments count up from here for evaluations; no training gets such a seed
-EVALUATION_SEED = 2**31 - 10_000
+#: Seeds of environments count up from here for evaluations: training draws its own from below
+EVALUATION_SEED = 2**31
 
 
 class Evaluations(BaseCallback):
@@ -98,10 +98,12 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> list[float]:
     return returns
 
 
-def make_model(algo: str, env_id: str, seed: int, timesteps: int | None, params: dict[str, Any]) -> tuple[Any, int]:
-    """A new model, and for how many steps it is to learn."""
+def make_model(
+    algo: str, env_id: str, seed: int, timesteps: int | None, params: dict[str, Any], tensorboard_log: str = ""
+) -> tuple[Any, int, dict[str, Any]]:
+    """A new model, for how many steps it is to learn, and the settings that it got from its file."""
     if algo == "defaults":
-        return REINFORCE("MlpPolicy", env_id, seed=seed, device="cpu", **params), timesteps or 1_000_000
+        return REINFORCE("MlpPolicy", env_id, seed=seed, device="cpu", **params), timesteps or 1_000_000, params
     import rl_zoo3.exp_manager
 
     import sb3_reinforce.zoo
@@ -113,6 +115,7 @@ def make_model(algo: str, env_id: str, seed: int, timesteps: int | None, params:
             algo,
             env_id,
             folder,
+            tensorboard_log=tensorboard_log,
             n_timesteps=timesteps or 0,
             eval_freq=-1,
             hyperparams=params,
@@ -122,12 +125,12 @@ def make_model(algo: str, env_id: str, seed: int, timesteps: int | None, params:
         )
         experiment = manager.setup_experiment()
     assert experiment is not None
-    return experiment[0], manager.n_timesteps
+    return experiment[0], manager.n_timesteps, dict(experiment[1])
 
 
 def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:
     th.set_num_threads(1)
-    model, timesteps = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
+    model, timesteps, _ = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
     evaluations = Evaluations(arguments.every, arguments.episodes, arguments.until)
     model.learn(timesteps, callback=evaluations)
     seconds = time.perf_counter() - evaluations.started

@@ -1,5 +1,6 @@
 """
-Train REINFORCE on LunarLanderContinuous-v3, evaluate it, and leave everything there is to see in one folder.
+Train REINFORCE on LunarLanderContinuous-v3 with the settings of zoo_configs/reinforce.yml, evaluate it, and leave everything
+there is to see in one folder.
 
     python -m benchmarks.train                 # what `make train` runs
     python -m benchmarks.train --seed 1 --timesteps 300000
@@ -18,29 +19,15 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import ResultsWriter
 
 from benchmarks.common import provenance, write_json
+from benchmarks.learning import EVALUATION_SEED, evaluation_env, make_model
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.vec_env import EpisodeVecEnv
 
 ENV = "LunarLanderContinuous-v3"
 SOLVED = 200.0
-N_ENVS = 4
-LEARNING_RATE = 5e-3
-#: What differs from the constructor's defaults (the article's recipe)
-SETTINGS: dict[str, Any] = dict(
-    n_steps=750,
-    gamma=0.99,
-    baseline="random",
-    baseline_memory=0.7,
-    normalize_observations=True,
-    policy_kwargs=dict(net_arch=[64, 64], log_std_init=-0.75),
-)
-#: Seeds of the environments of evaluation and video: no training environment ever gets them
-EVALUATION_SEED = 2**31
 
 
 class EpisodeLog(BaseCallback):
@@ -120,7 +107,7 @@ def record_video(model: REINFORCE, path: Path, tries: int = 10) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timesteps", type=int, default=1_000_000)
+    parser.add_argument("--timesteps", type=int, help="if not those of the file")
     parser.add_argument("--evaluation-episodes", type=int, default=100)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to make the folder")
     arguments = parser.parse_args()
@@ -135,27 +122,20 @@ def main() -> None:
     th.set_num_threads(1)
 
     folder = new_folder(arguments.runs)
-    print(f"Training on {ENV} for {arguments.timesteps:,} steps; everything goes to {folder}")
-    model = REINFORCE(
-        "MlpPolicy",
-        make_vec_env(ENV, n_envs=N_ENVS, env_kwargs=dict(render_mode=None), vec_env_cls=EpisodeVecEnv),
-        learning_rate=lambda progress_remaining: LEARNING_RATE * progress_remaining,
-        seed=arguments.seed,
-        device="cpu",
-        tensorboard_log=str(folder / "tensorboard"),
-        **SETTINGS,
+    tensorboard = folder / "tensorboard"
+    model, timesteps, settings = make_model(
+        "reinforce", ENV, arguments.seed, arguments.timesteps, {}, tensorboard_log=str(tensorboard)
     )
+    print(f"Training on {ENV} for {timesteps:,} steps; everything goes to {folder}")
     started = time.perf_counter()
-    model.learn(arguments.timesteps, callback=EpisodeLog(folder), progress_bar=True)
+    model.learn(timesteps, callback=EpisodeLog(folder), progress_bar=True)
     seconds = time.perf_counter() - started
     model.save(folder / "model")
     plot_learning_curve(folder / "monitor.csv", folder / "learning_curve.png")
 
     print(f"Evaluating the deterministic policy over {arguments.evaluation_episodes} episodes")
-    evaluation_env = make_vec_env(
-        ENV, n_envs=10, seed=EVALUATION_SEED, env_kwargs=dict(render_mode=None), vec_env_cls=EpisodeVecEnv
-    )
-    returns, lengths = evaluate_policy(model, evaluation_env, arguments.evaluation_episodes, return_episode_rewards=True)
+    n_episodes = arguments.evaluation_episodes
+    returns, lengths = evaluate_policy(model, evaluation_env(model), n_episodes, return_episode_rewards=True)
     assert isinstance(returns, list)
     video_return = record_video(model, folder / "landing.mp4")
 
@@ -171,9 +151,7 @@ def main() -> None:
         "mean length of these": f"{np.mean(lengths):.0f} steps",
         "training": f"{model.num_timesteps:,} steps, {model._n_updates} updates, {seconds:.0f} s, {rate:,.0f} steps/s",
         "seed": arguments.seed,
-        "environments": N_ENVS,
-        "learning rate": f"{LEARNING_RATE}, falling linearly to 0",
-        "other settings": ", ".join(f"{name}={value}" for name, value in SETTINGS.items()),
+        "settings": ", ".join(f"{name}={value}" for name, value in settings.items()),
         "versions": ", ".join([f"Python {origin['python']}", *(f"{k} {v}" for k, v in origin["versions"].items())]),
         "command": f"`{origin['command']}`",
     }
