@@ -32,8 +32,8 @@ from sb3_reinforce import REINFORCE
 from sb3_reinforce.vec_env import EpisodeVecEnv
 
 FOLDER = RESULTS / "learning"
-#: Seeds of environments count up from here for evaluations: training draws its own from below
-EVALUATION_SEED = 2**31
+#: Seeds of environments count up from here for evaluations: those of training are below 2**31, plus the environment's index
+EVALUATION_SEED = 2**31 + 10_000
 
 
 class Evaluations(BaseCallback):

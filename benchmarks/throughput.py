@@ -259,7 +259,7 @@ def table(result: dict[str, Any]) -> str:
         ("time between rollouts, share of the iteration", "at most 0.05", np.median(result["update_share"])),
         ("returns and advantages of 1 million transitions, seconds", "at most 0.2", np.median(result["returns_seconds"])),
         ("memory for that, over the arrays' own", "at most 3", result["returns_memory"]),
-        ("baseline fit, 100,000 x 348, over `numpy.linalg.lstsq`", "at most 1.5", fit),
+        ("baseline fit, 100,000 x 348, over `numpy.linalg.lstsq` on its normal equations", "at most 1.5", fit),
     ]
     if TIANSHOU in speed[LANDER, "1"]:
         rows.insert(3, ("1 lander, times Tianshou's Reinforce", "", ratio(LANDER, 1, OURS, TIANSHOU)))

@@ -109,6 +109,9 @@ class LinearBaseline(nn.Module):
     :param ridge: at least 0, dimensionless; 0 is ordinary least squares. Raise it when the features are many and noisy
     :param memory: in [0, 1), weight of the batches before the latest one, per batch; 0 forgets them. Raise it when one batch
         holds too few episodes to fit all features
+    :param truncate: whether predictions are kept within the returns of the latest batch (the truncated least squares of
+        Györfi et al., 2002, "A distribution-free theory of nonparametric regression"). For features that are learned: one
+        that hardly varies in one batch may do so in the next
     """
 
     weight: th.Tensor
@@ -116,14 +119,20 @@ class LinearBaseline(nn.Module):
     count: th.Tensor
     mean: th.Tensor
     scatter: th.Tensor
+    low: th.Tensor
+    high: th.Tensor
 
-    def __init__(self, in_features: int, ridge: float = 0.0, memory: float = 0.0):
+    def __init__(self, in_features: int, ridge: float = 0.0, memory: float = 0.0, truncate: bool = False):
         super().__init__()
         self.in_features = in_features
         self.ridge = ridge
         self.memory = memory
+        self.truncate = truncate
         self.register_buffer("weight", th.zeros(1, in_features, dtype=th.float64))
         self.register_buffer("bias", th.zeros(1, dtype=th.float64))
+        if truncate:
+            self.register_buffer("low", th.zeros((), dtype=th.float64))
+            self.register_buffer("high", th.zeros((), dtype=th.float64))
         if memory > 0:
             # Sufficient statistics of [features, return] over the batches remembered
             self.register_buffer("count", th.zeros((), dtype=th.float64))
@@ -135,7 +144,8 @@ class LinearBaseline(nn.Module):
         :param features: (batch, n)
         :return: (batch, 1) predicted returns, float64
         """
-        return nn.functional.linear(features.double(), self.weight, self.bias)
+        values = nn.functional.linear(features.double(), self.weight, self.bias)
+        return values.clamp(self.low, self.high) if self.truncate else values
 
     def fit(self, features: np.ndarray, returns: np.ndarray) -> None:
         """
@@ -164,6 +174,9 @@ class LinearBaseline(nn.Module):
             weight, bias = _fit_moments(self._remember(moments), self.ridge)
         self.weight.copy_(th.as_tensor(weight)[None])
         self.bias.fill_(bias)
+        if self.truncate:
+            self.low.fill_(returns.min())
+            self.high.fill_(returns.max())
 
     def _remember(self, moments: Moments) -> Moments:
         """Merge the moments of a batch into the fading memory, if there is one."""

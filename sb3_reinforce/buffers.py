@@ -63,7 +63,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
 
     def reset(self) -> None:
         """Forget all transitions; the memory is kept for the next rollout."""
-        self.pos = 0
+        self.pos = self._n_values = 0
         self.full = False
         if not self._rows:
             self._make_room(self.buffer_size)
@@ -118,22 +118,26 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         self._rows["rewards"][self.pos] = reward
         self._rows["episode_starts"][self.pos] = episode_start
         self._rows["active"][self.pos] = active
-        self.has_values = values is not None
         if values is not None:
             self._rows["values"][self.pos] = values
+            self._n_values += 1
         self.pos += 1
 
     def finish(self) -> None:
         """Line up the transitions of the rollout, environment by environment, now that all its episodes are over."""
         active = self._rows["active"][: self.pos].T
+        # Let go of the last rollout's before there are new ones: images take much memory
+        self.observations = {}
 
         def line_up(rows: np.ndarray) -> np.ndarray:
             # A single environment is never idle and needs no lining up, so no copy either
             return rows[: self.pos, 0] if self.n_envs == 1 else rows[: self.pos].swapaxes(0, 1)[active]
 
-        self.actions, self.rewards, self.episode_starts, self.values = (
-            line_up(self._rows[name]) for name in ("actions", "rewards", "episode_starts", "values")
+        self.actions, self.rewards, self.episode_starts = (
+            line_up(self._rows[name]) for name in ("actions", "rewards", "episode_starts")
         )
+        #: (n_transitions,) None until they are known
+        self.values = line_up(self._rows["values"]) if self._n_values == self.pos else None  # type: ignore[assignment]
         self.actions = self.actions.reshape((-1, self.action_dim))
         observations = {
             key: line_up(rows).reshape((-1, *get_obs_shape(self._spaces[key]))) for key, rows in self._observation_rows.items()

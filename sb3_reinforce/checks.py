@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import open_path
 
@@ -58,7 +59,10 @@ def check_hyperparameters(model: Any) -> None:
     buffer = model.rollout_buffer_class
     is_buffer = buffer is None or (isinstance(buffer, type) and issubclass(buffer, EpisodeRolloutBuffer))
     check("rollout_buffer_class", is_buffer, "a subclass of sb3_reinforce.buffers.EpisodeRolloutBuffer")
-    check("policy_class", issubclass(model.policy_class, ActorCriticPolicy), "a subclass of SB3's ActorCriticPolicy")
+    is_policy = issubclass(model.policy_class, ActorCriticPolicy) and not issubclass(
+        model.policy_class, RecurrentActorCriticPolicy
+    )
+    check("policy_class", is_policy, "a subclass of SB3's ActorCriticPolicy that is not recurrent")
     if not issubclass(model.policy_class, MlpPolicy):
         policy = f"{model.policy_class.__name__}: a policy of sb3_reinforce (or a subclass) is needed for anything else"
         check("baseline", model.baseline in ("linear", None), f"'linear' or None with {policy}")

@@ -30,8 +30,8 @@ from torch import nn
 
 from sb3_reinforce.baselines import FEATURE_MAPS, LinearBaseline
 
-#: Observations pass through networks in chunks of so many numbers: what the layers of a CNN return then stays in the
-#: processor's cache, and takes no memory to speak of.
+#: Observations pass through networks in chunks for which a layer takes or returns about so many numbers: what the layers of a
+#: CNN return then stays in the processor's cache, and takes no memory to speak of.
 _CHUNK = 2_000_000
 
 
@@ -246,11 +246,15 @@ def install_baseline(policy: ActorCriticPolicy, baseline: str | None, memory: fl
     Put a closed-form linear baseline in the place of a policy's value layer.
 
     :param policy: the policy; the critic branch of its ``mlp_extractor`` is the feature map
-    :param baseline: decides how strongly the fit is regularised
+    :param baseline: decides how strongly the fit is regularised: no less than for random features where features are learned,
+        many of which are as good as dead
     :param memory: see :class:`~sb3_reinforce.baselines.LinearBaseline`
     """
     _, ridge = FEATURE_MAPS[baseline or "linear"]
-    policy.value_net = LinearBaseline(policy.mlp_extractor.latent_dim_vf, ridge, memory)  # type: ignore[assignment]
+    learned = any(True for _ in policy.vf_features_extractor.parameters())
+    if learned:
+        ridge = max(ridge, FEATURE_MAPS["random"][1])
+    policy.value_net = LinearBaseline(policy.mlp_extractor.latent_dim_vf, ridge, memory, truncate=learned)  # type: ignore[assignment]
 
 
 def chunk_size(policy: BasePolicy) -> int:
@@ -263,7 +267,8 @@ def chunk_size(policy: BasePolicy) -> int:
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
         return sys.maxsize
-    return max(1, _CHUNK // spaces.flatdim(policy.observation_space))
+    widths = [module.out_features for module in policy.modules() if isinstance(module, nn.Linear)]
+    return max(1, _CHUNK // max(spaces.flatdim(policy.observation_space), *widths))
 
 
 def baseline_features(policy: ActorCriticPolicy, observations: Iterable[PyTorchObs]) -> np.ndarray:

@@ -80,7 +80,8 @@ class REINFORCE(OnPolicyAlgorithm):
         gradient when returns are no linear function of the state
     :param baseline_memory: Weight of the batches before the latest one in the fit of the baseline, per batch, in [0, 1)
     :param bootstrap_timeouts: Whether the baseline's value of the last observation is added to the reward when an episode
-        ends by a time limit, as SB3's algorithms do. For tasks that would go on without their time limit
+        ends by a time limit, as SB3's algorithms do. For tasks that would go on without their time limit. Without a
+        baseline it changes nothing
     :param normalize_observations: Whether the policy normalises vector observations with running statistics, which are
         updated once a batch and saved with it
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the reported
@@ -166,6 +167,8 @@ class REINFORCE(OnPolicyAlgorithm):
 
         if env is not None:
             self._attach_env(env, policy)
+        elif _init_setup_model:
+            raise ValueError("env=None has no spaces to make a policy for: give an environment, or _init_setup_model=False")
         if _init_setup_model:
             self._setup_model()
 
@@ -276,12 +279,13 @@ class REINFORCE(OnPolicyAlgorithm):
         if not collect_episodes(self, env, callback, rollout_buffer, rng, episodes, self.bootstrap_timeouts):
             return False
 
+        values = rollout_buffer.values
         if self.baseline is None:
-            rollout_buffer.values = np.zeros(len(rollout_buffer.rewards))
-        elif not rollout_buffer.has_values:
+            values = np.zeros(len(rollout_buffer.rewards))
+        elif values is None:
             features = th.as_tensor(self._baseline_features(), device=self.device)
-            rollout_buffer.values = self.policy.value_net(features).cpu().numpy().flatten()
-        rollout_buffer.compute_returns_and_advantage(rollout_buffer.values)
+            values = self.policy.value_net(features).cpu().numpy().flatten()
+        rollout_buffer.compute_returns_and_advantage(values)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -291,18 +295,25 @@ class REINFORCE(OnPolicyAlgorithm):
         """
         Take one gradient step on the whole batch, then refit the baseline to it.
 
-        :raises ValueError: when the gradient, or the policy after the step, is not finite: the weights are then those from
-            before the step
+        :raises ValueError: when the gradient, or the policy after the step, is not finite: policy and optimiser are then as
+            they were before
         """
-        # Switch to train mode (this affects batch norm / dropout)
-        self.policy.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
-
         advantage_std = self.rollout_buffer.advantages.std()
         if self.normalize_advantage:
             self.rollout_buffer.normalize_advantages()
-        policy_loss, entropy_loss, log_prob, grad_norm = self._compute_gradient()
-        new_log_prob, features = self._take_step()
+        before = deepcopy(self.get_parameters())
+        try:
+            # Switch to train mode (this affects batch norm / dropout)
+            self.policy.set_training_mode(True)
+            self._update_learning_rate(self.policy.optimizer)
+            policy_loss, entropy_loss, log_prob, grad_norm = self._compute_gradient()
+            self.policy.optimizer.step()
+            # Evaluation mode: a look at the new policy must not change the statistics of batch norm
+            self.policy.set_training_mode(False)
+            new_log_prob, features = self._look_at_new_policy()
+        except ValueError:
+            super().set_parameters(before)  # type: ignore[arg-type]
+            raise
         self._n_updates += 1
         self._refit_baseline(features)
 
@@ -338,7 +349,8 @@ class REINFORCE(OnPolicyAlgorithm):
         log_probs = []
         self.policy.optimizer.zero_grad()
         for batch, actions in self._chunks():
-            _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+            with nan_explained():
+                _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
             share = len(log_prob) / len(self.rollout_buffer.rewards)
             chunk_policy_loss = -share * (batch.advantages * log_prob).mean()
             # Approximate the entropy when it has no analytical form
@@ -350,25 +362,18 @@ class REINFORCE(OnPolicyAlgorithm):
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm).item()
         if not math.isfinite(grad_norm):
-            self.policy.optimizer.zero_grad()
             raise ValueError(
                 f"The gradient of update {self._n_updates + 1} is not finite (loss {policy_loss}): the step was not taken. "
                 "Rewards, observations or coefficients may be too large: scale them down"
             )
         return policy_loss, entropy_loss, th.cat(log_probs), grad_norm
 
-    def _take_step(self) -> tuple[th.Tensor, np.ndarray | None]:
+    def _look_at_new_policy(self) -> tuple[th.Tensor, np.ndarray | None]:
         """
-        Let the optimiser take a step, and undo it if the policy is no good after it.
-
         :return: log-probabilities (n_transitions,) of the batch's actions after the step, and what the baseline is linear in
             (n_transitions, n_features) if the policy has looked at it on the way
         :raises ValueError: if a log-probability is not finite
         """
-        weights = [parameter.detach().clone() for parameter in self.policy.parameters()]
-        self.policy.optimizer.step()
-        # Evaluation mode: a look at the new policy must not change the statistics of batch norm
-        self.policy.set_training_mode(False)
         with th.no_grad(), baseline_inputs(self.policy) as features:
             try:
                 with nan_explained():
@@ -376,8 +381,6 @@ class REINFORCE(OnPolicyAlgorithm):
                 if not th.isfinite(log_prob).all():
                     raise ValueError("The policy's output is not finite: its own actions have log-probabilities that are not")
             except ValueError as error:
-                for parameter, before in zip(self.policy.parameters(), weights, strict=True):
-                    parameter.copy_(before)
                 raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
         return log_prob, np.concatenate(features) if sum(map(len, features)) == len(log_prob) else None
 
@@ -409,11 +412,15 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.env is None:
             raise ValueError("The model has no environment to learn from: give one to load() or set_env()")
         try:
-            return super()._setup_learn(*args, **kwargs)
+            total_timesteps, callback = super()._setup_learn(*args, **kwargs)
         except Exception as error:
             if raised_within(self.env, error):
                 raise environment_error(self.env, error, "in reset()") from error
             raise
+        if self.num_timesteps > 0:
+            # Others, an evaluation for instance, may have stepped the environments since the last rollout
+            self._last_episode_starts = np.zeros(self.n_envs, dtype=bool)
+        return total_timesteps, callback
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if progress_bar:

@@ -136,7 +136,7 @@ def collect_episodes(
     act = make_actor(policy, rng)
 
     n_steps = n_env_steps = 0
-    can_rest = find_episode_vec_env(env)
+    episode_env = find_episode_vec_env(env)
     while episodes.wants_more():
         if model.seed is not None or not np.all(at_start):
             model._last_obs = reset_env(env, None if model.seed is None else int(rng.integers(2**31)))
@@ -147,14 +147,14 @@ def collect_episodes(
         while episodes.n_active:
             if model.use_sde and model.sde_sample_freq > 0 and n_steps % model.sde_sample_freq == 0:
                 reset_noise(policy, env.num_envs, rng)
-            actions, clipped_actions = act(model._last_obs)  # type: ignore[arg-type]
-            new_obs, rewards, dones, infos = step_env(env, clipped_actions, episodes, can_rest)
+            actions, clipped_actions, values = act(model._last_obs)  # type: ignore[arg-type]
+            new_obs, rewards, dones, infos = step_env(env, clipped_actions, episodes, episode_env)
             at_start = dones
             active = episodes.active
             if episodes.n_active < env.num_envs:
                 rewards, dones = np.where(active, rewards, 0.0), dones & active
                 infos = [info if is_active else {} for info, is_active in zip(infos, active, strict=True)]
-            n_stepped = env.num_envs if can_rest is None else episodes.n_active
+            n_stepped = env.num_envs if episode_env is None else episodes.n_active
             model.num_timesteps += n_stepped
             n_env_steps += n_stepped
             n_steps += 1
@@ -168,10 +168,10 @@ def collect_episodes(
                 warn_about_cut(model, env, episodes)
             if bootstrap_timeouts:
                 rewards = rewards + model.gamma * timeout_values(policy, infos, new_obs, episodes.cut & active)
-            rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active, act.values)  # type: ignore[arg-type]
+            rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active, values)  # type: ignore[arg-type]
             episode_starts = dones
             model._last_obs = new_obs
-        if can_rest is not None:
+        if episode_env is not None:
             at_start = ~episodes.cut
 
     model._last_episode_starts = at_start
@@ -224,17 +224,17 @@ def reset_env(env: VecEnv, seed: int | None) -> Any:
         raise environment_error(env, error, "in reset()") from error
 
 
-def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, can_rest: EpisodeVecEnv | None) -> Any:
+def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, episode_env: EpisodeVecEnv | None) -> Any:
     """``env.step(actions)``, with errors that say where they come from, and a check of everything that is returned."""
     try:
-        if can_rest is not None:
-            can_rest.active = None if episodes.n_active == env.num_envs else episodes.active
+        if episode_env is not None:
+            episode_env.active = None if episodes.n_active == env.num_envs else episodes.active
         new_obs, rewards, dones, infos = env.step(actions)
     except Exception as error:
         raise environment_error(env, error, "in step()", episodes) from error
     finally:
-        if can_rest is not None:
-            can_rest.active = None
+        if episode_env is not None:
+            episode_env.active = None
     # Some VecEnv return float64, others float32: learning must not depend on which it is
     rewards = np.asarray(rewards, dtype=np.float32)
     check_finite("reward", rewards, episodes)
@@ -247,7 +247,7 @@ def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, can_res
 
 def check_finite(name: str, values: Any, episodes: EpisodeTracker, env_idx: Any = None) -> None:
     """
-    Check that what active environments have returned is finite.
+    Check that what environments have returned is finite.
 
     :param name: what it is
     :param values: (n_envs, ...), or of the environment env_idx alone, or a dictionary of these
@@ -264,7 +264,7 @@ def check_finite(name: str, values: Any, episodes: EpisodeTracker, env_idx: Any 
         values = np.zeros(()) if values is None else np.asarray(values)
     if not all_finite(values):
         for idx, value in enumerate(values) if env_idx is None else [(env_idx, values)]:
-            if episodes.active[idx] and not np.isfinite(value).all():
+            if not np.isfinite(value).all():
                 raise ValueError(
                     f"Environment {idx} returned the {name} {np.asarray(value).tolist()} {where(episodes, idx)}. It must be "
                     "finite: nothing was learned from this rollout, and the environment has to be mended, or wrapped in "

@@ -88,8 +88,9 @@ _NOISE: dict[type[Distribution], Callable[[np.random.Generator, tuple[int, ...]]
     BernoulliDistribution: lambda rng, shape: rng.logistic(size=shape),
 }
 
-#: Noise is drawn for this many steps at once, because a call costs as much as some hundred numbers
+#: Noise is drawn for so many steps at once, as long as these are not too many numbers: a call costs as much as a hundred
 _STEPS_OF_NOISE = 256
+_NUMBERS_OF_NOISE = 2**16
 
 
 class Actor:
@@ -103,75 +104,82 @@ class Actor:
     def __init__(self, policy: ActorCriticPolicy, rng: np.random.Generator):
         self.policy = policy
         self.rng = rng
-        #: (n_envs,) the baseline's values, if it shares a feature extractor that is costly enough to be used only once
-        self.values: np.ndarray | None = None
-        self._shares_features = _shares_features(policy)
+        self._brings_values = _brings_values(policy)
         self._noise: Iterator[np.ndarray] = iter(())
         space = policy.action_space
         self._action_shape = space.shape or ()
         self._bounds = (space.low, space.high) if isinstance(space, spaces.Box) and not policy.squash_output else None
 
-    def __call__(self, observations: Observations) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, observations: Observations) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """
         :param observations: (n_envs, ...) as a ``VecEnv`` returns them
         :return: (n_envs, *action shape) actions as sampled, and what the environment gets for them, as in SB3: unscaled when
-            the policy squashes them, else clipped to the bounds of the action space. ``values`` are then those of the same
-            observations, or None
+            the policy squashes them, else clipped to the bounds of the action space; and (n_envs,) the baseline's values of
+            the observations where they come almost for nothing, else None
         :raises ValueError: when the policy's output is NaN or infinite
         """
-        actions = self._sample(observations).reshape((-1, *self._action_shape))
+        actions, values = self._sample(observations)
+        actions = actions.reshape((-1, *self._action_shape))
         if self._bounds is not None:
             low, high = self._bounds
             # What np.clip does, in a third of the time for a handful of numbers
-            return actions, np.minimum(np.maximum(actions, low), high)
+            return actions, np.minimum(np.maximum(actions, low), high), values
         if self.policy.squash_output:
-            return actions, self.policy.unscale_action(actions)
-        return actions, actions
+            return actions, self.policy.unscale_action(actions), values
+        return actions, actions, values
 
-    def _sample(self, observations: Observations) -> np.ndarray:
+    def _sample(self, observations: Observations) -> tuple[np.ndarray, np.ndarray | None]:
+        """Actions, in any shape, and values."""
         with th.no_grad():
             obs_tensor = obs_as_tensor(observations, self.policy.device)
             with nan_explained():
-                distribution = self._get_distribution(obs_tensor)
+                distribution, values = self._get_distribution(obs_tensor)
             if type(distribution) not in _NOISE:
                 with torch_seeded_from(self.rng, self.policy.device):
                     actions = distribution.get_actions().cpu().numpy()
                 if not all_finite(actions):
                     raise ValueError(f"The policy's output is not finite: it chose the actions {actions.tolist()}")
-                return actions
+                return actions, values
             parts: Any = distribution.distribution
             if isinstance(distribution, DiagGaussianDistribution):
-                return self._sample_outputs(parts.mean.cpu().numpy(), parts.stddev.cpu().numpy())
+                return self._sample_outputs(distribution, parts.mean.cpu().numpy(), parts.stddev.cpu().numpy()), values
             logits = th.cat([part.logits for part in parts], dim=1) if isinstance(parts, list) else parts.logits
-            return self._sample_outputs(logits.cpu().numpy())
+            return self._sample_outputs(distribution, logits.cpu().numpy()), values
 
-    def _get_distribution(self, obs_tensor: PyTorchObs) -> Distribution:
-        """``policy.get_distribution()``, which also leaves the values where they come almost for nothing."""
-        if not self._shares_features:
-            return self.policy.get_distribution(obs_tensor)
+    def _get_distribution(self, obs_tensor: PyTorchObs) -> tuple[Distribution, np.ndarray | None]:
+        """``policy.get_distribution()`` and, if they are brought along, the values: as in SB3's ``policy.forward()``."""
+        if not self._brings_values:
+            return self.policy.get_distribution(obs_tensor), None
         features = self.policy.extract_features(obs_tensor)
-        latent_pi, latent_vf = self.policy.mlp_extractor(features)
-        self.values = self.policy.value_net(latent_vf).cpu().numpy().flatten()
-        return self.policy._get_action_dist_from_latent(latent_pi)
+        if self.policy.share_features_extractor:
+            latent_pi, latent_vf = self.policy.mlp_extractor(features)
+        else:
+            latent_pi = self.policy.mlp_extractor.forward_actor(features[0])
+            latent_vf = self.policy.mlp_extractor.forward_critic(features[1])
+        values = self.policy.value_net(latent_vf).cpu().numpy().flatten()
+        return self.policy._get_action_dist_from_latent(latent_pi), values
 
-    def _sample_outputs(self, outputs: np.ndarray, std: np.ndarray | None = None) -> np.ndarray:
+    def _sample_outputs(self, action_dist: Distribution, outputs: np.ndarray, std: np.ndarray | None = None) -> np.ndarray:
         """
         Sample one action for each row of the outputs of the policy network.
 
+        :param action_dist: the distribution that they are for
         :param outputs: (n_envs, n_outputs) means for Gaussians, logits for everything else
         :param std: (n_envs, n_actions) or (n_actions,) standard deviations of Gaussians
         :return: (n_envs, ...) actions
         :raises ValueError: when an output is NaN or infinite
         """
-        if not all_finite(outputs):
-            raise ValueError(f"The policy's output is not finite: {outputs.tolist()}")
-        action_dist = self.policy.action_dist
         noise = next(self._noise, None)
         if noise is None:
-            self._noise = iter(_NOISE[type(action_dist)](self.rng, (_STEPS_OF_NOISE, *outputs.shape)))
+            n_steps = max(1, min(_STEPS_OF_NOISE, _NUMBERS_OF_NOISE // outputs.size))
+            self._noise = iter(_NOISE[type(action_dist)](self.rng, (n_steps, *outputs.shape)))
             noise = next(self._noise)
+        # Samples of a Gaussian tell of its mean and its standard deviation alike
+        checked = actions = outputs if std is None else gaussian_actions(outputs, std, noise)
+        if not all_finite(checked):
+            raise ValueError(f"The policy's output is not finite: {checked.tolist()}")
         if std is not None:
-            return gaussian_actions(outputs, std, noise)
+            return actions
         if isinstance(action_dist, CategoricalDistribution):
             return categorical_actions(outputs, noise)
         if isinstance(action_dist, MultiCategoricalDistribution):
@@ -179,15 +187,21 @@ class Actor:
         return bernoulli_actions(outputs, noise)
 
 
-def _shares_features(policy: ActorCriticPolicy) -> bool:
-    """Whether the actor's features, which took a network to extract, are those of the baseline as well."""
-    return (
-        isinstance(policy, ActorCriticPolicy)
-        and type(policy).get_distribution is ActorCriticPolicy.get_distribution
-        and type(policy).predict_values is ActorCriticPolicy.predict_values
-        and policy.share_features_extractor
-        and any(True for _ in policy.features_extractor.parameters())
-    )
+def _brings_values(policy: ActorCriticPolicy) -> bool:
+    """
+    Whether to act as SB3's ``policy.forward()`` does, which has the values, too: where the actor's features take a network to
+    extract and are those of the baseline as well, and where a policy has its own way to extract features.
+    """
+    if not isinstance(policy, ActorCriticPolicy):  # compiled, for instance
+        return False
+    own = type(policy)
+    if (
+        own.get_distribution is not ActorCriticPolicy.get_distribution
+        or own.predict_values is not ActorCriticPolicy.predict_values
+    ):
+        return False
+    shares_network = policy.share_features_extractor and any(True for _ in policy.features_extractor.parameters())
+    return shares_network or own.extract_features is not ActorCriticPolicy.extract_features
 
 
 class MlpActor(Actor):
@@ -207,11 +221,10 @@ class MlpActor(Actor):
 
     def __init__(self, policy: ActorCriticPolicy, rng: np.random.Generator):
         super().__init__(policy, rng)
-        self._clip = 0.0
         extractor = policy.features_extractor
-        if isinstance(extractor, NormalizedExtractor):
-            self._clip = extractor.normalizer.clip
-            self._mean, self._std = (x.numpy().ravel() for x in extractor.normalizer.shift_and_scale("", th.float32))
+        self._normalizer = extractor.normalizer if isinstance(extractor, NormalizedExtractor) else None
+        if self._normalizer is not None:
+            self._mean, self._std = (x.numpy().ravel() for x in self._normalizer.shift_and_scale("", th.float32))
         self._layers = [
             (module.weight.detach().numpy().T, module.bias.detach().numpy())
             if isinstance(module, nn.Linear)
@@ -231,6 +244,7 @@ class MlpActor(Actor):
         modules = [policy, policy.mlp_extractor, policy.action_net, extractor, *policy.mlp_extractor.modules()]
         return (
             own.get_distribution is ActorCriticPolicy.get_distribution
+            and own.extract_features is ActorCriticPolicy.extract_features
             and own._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
             and type(policy.action_dist) in _NOISE
             and policy.device.type == "cpu"
@@ -239,19 +253,19 @@ class MlpActor(Actor):
             and type(extractor.extractor if type(extractor) is NormalizedExtractor else extractor) is FlattenExtractor
             and policy.pi_features_extractor is extractor
             and type(policy.mlp_extractor) is MlpExtractor
-            and type(policy.action_net) is nn.Linear
             and all(
-                type(module) is nn.Linear or type(module) in cls._ACTIVATIONS for module in policy.mlp_extractor.policy_net
+                type(module) in cls._ACTIVATIONS or (type(module) is nn.Linear and module.bias is not None)
+                for module in (*policy.mlp_extractor.policy_net, policy.action_net)
             )
             and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
         )
 
-    def _sample(self, observations: Observations) -> np.ndarray:
+    def _sample(self, observations: Observations) -> tuple[np.ndarray, None]:
         assert isinstance(observations, np.ndarray)
         x = observations.reshape(len(observations), -1).astype(np.float32, copy=False)
-        if self._clip:
+        if self._normalizer is not None:
             x = (x - self._mean) / self._std
-            np.minimum(np.maximum(x, -self._clip, out=x), self._clip, out=x)
+            np.minimum(np.maximum(x, -self._normalizer.clip, out=x), self._normalizer.clip, out=x)
         for layer in self._layers:
             if isinstance(layer, tuple):
                 # Half the time of x @ weight for arrays as small as these
@@ -259,7 +273,8 @@ class MlpActor(Actor):
                 x += layer[1]
             else:
                 layer(x)
-        return self._sample_outputs(x, None if self._log_std is None else np.exp(self._log_std))
+        std = None if self._log_std is None else np.exp(self._log_std)
+        return self._sample_outputs(self.policy.action_dist, x, std), None
 
 
 def make_actor(policy: ActorCriticPolicy, rng: np.random.Generator) -> Actor:

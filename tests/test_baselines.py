@@ -192,3 +192,19 @@ def test_richer_maps_explain_what_a_line_cannot():
         baseline.fit(features, returns)
         unexplained[name] = np.var(returns - predict(baseline, features)) / np.var(returns)
     assert unexplained["random"] < 0.05 < unexplained["quadratic"] < 0.5 < unexplained["linear"]
+
+
+def test_truncated_predictions_stay_within_the_returns_of_the_latest_batch():
+    """A feature that hardly varies is weighted heavily, and may vary more the next time."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(50, 2)) * [1, 1e-6]
+    returns = features @ [1, 1e6] + 3
+    probe = th.as_tensor(np.vstack([features, [[0, 1], [0, -1]]]))
+    free, truncated = LinearBaseline(2), LinearBaseline(2, truncate=True)
+    assert not truncated(probe).any()
+    for baseline in (free, truncated):
+        baseline.fit(features, returns)
+    predictions = truncated(probe).numpy().flatten()
+    np.testing.assert_allclose(predictions[:-2], returns)
+    assert list(predictions[-2:]) == [returns.max(), returns.min()]
+    assert free(probe).abs().max() > 1e5

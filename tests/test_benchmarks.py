@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import common, figures, learning, profile, throughput
+from benchmarks import common, figures, learning, step_time, throughput
 from sb3_reinforce import REINFORCE
 from tests.envs import ScriptedEnv
 
@@ -106,7 +106,7 @@ def test_interval_covers_the_true_value_as_often_as_it_says():
 
 
 def test_clocks_count_every_moment_once():
-    clocks = profile.Clocks()
+    clocks = step_time.Clocks()
     inner = clocks.clocked(lambda: time.sleep(0.02), "environment")
     outer = clocks.clocked(lambda: (time.sleep(0.01), inner(), inner()), "VecEnv")
     outer()
@@ -138,6 +138,6 @@ def test_the_table_has_the_ratios_of_the_medians():
     for row in (
         "environment alone | at least 0.55 | 0.6 |",
         "times A2C | at least 6.5 | 14 |",
-        "lstsq` | at most 1.5 | 1.5 |",
+        "normal equations | at most 1.5 | 1.5 |",
     ):
         assert row in text

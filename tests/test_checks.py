@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import nn
@@ -17,6 +18,15 @@ from tests.envs import ScriptedEnv
 
 
 class TestArguments:
+    def test_recurrent_policies_are_refused(self):
+        with pytest.raises(ValueError, match="not recurrent"):
+            REINFORCE(RecurrentActorCriticPolicy, ScriptedEnv([4]))
+
+    def test_no_environment_is_refused_unless_the_model_is_set_up_later(self):
+        with pytest.raises(ValueError, match="env=None has no spaces"):
+            REINFORCE("MlpPolicy", None)
+        REINFORCE("MlpPolicy", None, _init_setup_model=False)
+
     @pytest.mark.parametrize(
         ("argument", "value"),
         [

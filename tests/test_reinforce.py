@@ -1,5 +1,6 @@
 """The algorithm: against the article's, written out once more; its update; its seeds; its arguments; its model files."""
 
+from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from sb3_reinforce import REINFORCE, policies
+from sb3_reinforce import REINFORCE, MlpPolicy, policies
 from sb3_reinforce.baselines import LinearBaseline
 from tests.envs import RandomEnv, ScriptedEnv, scripted
 
@@ -172,7 +173,7 @@ class TestUpdate:
             def check_fit(self) -> None:
                 policy, buffer = self.model.policy, self.model.rollout_buffer
                 features = policies.baseline_features(policy, buffer.observation_chunks(10**9))
-                expected = LinearBaseline(features.shape[1])
+                expected = LinearBaseline(features.shape[1], ridge=1e-3, truncate=True)
                 expected.fit(features, buffer.returns)
                 np.testing.assert_allclose(
                     policy.value_net(th.as_tensor(features)), expected(th.as_tensor(features)), rtol=1e-3, atol=1e-3
@@ -272,6 +273,25 @@ class TestUpdate:
         model.learning_rate = 1e-3
         model._setup_lr_schedule()
         model.learn(16)
+
+    def test_a_refused_update_leaves_optimiser_and_statistics_as_they_were(self):
+        class Normed(MlpPolicy):
+            def _build_mlp_extractor(self) -> None:
+                super()._build_mlp_extractor()
+                self.mlp_extractor.policy_net.append(nn.BatchNorm1d(32))
+
+        rate = [1e-3]
+        model = REINFORCE(Normed, ScriptedEnv([4, 5]), n_steps=8, learning_rate=lambda _: rate[0], seed=0).learn(16)
+        before = deepcopy(model.get_parameters())
+        rate[0] = 1e30
+        with pytest.raises(ValueError, match="was undone"):
+            model.learn(1, reset_num_timesteps=False)
+        after = model.get_parameters()
+        assert after["policy.optimizer"]["param_groups"] == before["policy.optimizer"]["param_groups"]
+        for index, state in before["policy.optimizer"]["state"].items():
+            for name, value in state.items():
+                assert th.equal(after["policy.optimizer"]["state"][index][name], value)
+        assert all(th.equal(after["policy"][name], value) for name, value in before["policy"].items())
 
     @pytest.mark.parametrize("rate", [np.nan, -1.0, np.inf])
     def test_a_schedule_that_gives_no_learning_rate_is_refused(self, rate: float):

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -139,9 +140,23 @@ def test_the_next_rollout_starts_fresh_episodes():
 def test_environments_at_the_start_of_an_episode_are_not_reset_again():
     """For hardware and slow simulators a reset costs something."""
     env = scripted([[3]])
-    collect(env, n_rollouts=4, n_steps=6)
+    REINFORCE("MlpPolicy", env, n_steps=6).learn(24)
     # One by learn() at the very beginning, one after each of the 8 episodes
     assert env.envs[0].unwrapped.n_resets == 9
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_environments_that_others_have_stepped_between_two_calls_of_learn_start_anew(seed: int | None):
+    """As the README does it: learn, evaluate on the same environment, learn on."""
+    recorder = Recorder()
+    model = REINFORCE("MlpPolicy", scripted([[7], [13]]), n_steps=5, seed=seed)
+    for _ in range(3):
+        model.learn(1, callback=recorder, reset_num_timesteps=False)
+        evaluate_policy(model, model.get_env(), n_eval_episodes=3)
+        model.get_env().step(np.zeros((2, 2)))
+    for rollout in recorder.rollouts:
+        for episode in episodes_of(rollout):
+            np.testing.assert_array_equal(episode[:, 2], np.arange(len(episode)))
 
 
 def test_a_seed_resets_the_environments_with_seeds_of_the_iteration():

@@ -97,9 +97,9 @@ def test_idle_members_cost_no_steps_and_no_resets():
     model.learn(1)
     assert model.num_timesteps == len(model.rollout_buffer.rewards) == 8
     assert model.logger.name_to_value["rollout/idle_fraction"] == 0
-    model.learn(1, reset_num_timesteps=False)
-    # One reset by learn() and one after each of the two episodes
-    assert [member.n_resets for member in env.envs] == [3, 3]
+    model.learn(16)
+    # One reset by each learn(), and one after each of the three episodes
+    assert [member.n_resets for member in env.envs] == [5, 5]
     assert env.active is None
 
 

@@ -1,11 +1,11 @@
 """
 Where does the time of one environment step go? A stacked bar for REINFORCE and for A2C.
 
-    python -m benchmarks.profile
+    python -m benchmarks.step_time
 
 Wraps a clock around each part of `learn()`, from the environment outwards; what a part takes is its own clock less those
-inside it, so that all parts together are the time of the step. Writes ``results/profile.json`` and
-``docs/images/profile.png``.
+inside it, so that all parts together are the time of the step. Writes ``results/step_time.json`` and
+``docs/images/step_time.png``.
 """
 
 import time
@@ -71,7 +71,7 @@ def measure(model: Any) -> dict[str, float]:
     make_actor = rollout.make_actor
     if isinstance(model, REINFORCE):
         clocks.wrap(model, "_baseline_features", "update")
-        rollout.make_actor = lambda *args: _Clocked(make_actor(*args), clocks)  # type: ignore[assignment]
+        rollout.make_actor = lambda *args: clocks.clocked(make_actor(*args), "acting")  # type: ignore[assignment]
     else:
         clocks.wrap(model.policy, "forward", "acting")
     before = model.num_timesteps
@@ -83,19 +83,6 @@ def measure(model: Any) -> dict[str, float]:
     seconds = time.perf_counter() - started
     clocks.seconds["rollout loop"] = seconds - sum(clocks.seconds.values())
     return {part: 1e6 * value / (model.num_timesteps - before) for part, value in clocks.seconds.items()}
-
-
-class _Clocked:
-    """An actor whose calls are clocked."""
-
-    def __init__(self, actor: Any, clocks: Clocks):
-        self.actor = actor
-        self.call = clocks.clocked(actor, "acting")
-
-    def __call__(self, observations: Any) -> Any:
-        result = self.call(observations)
-        self.values = self.actor.values
-        return result
 
 
 def plot(result: dict[str, dict[str, float]]) -> None:
@@ -114,7 +101,7 @@ def plot(result: dict[str, dict[str, float]]) -> None:
     axes.bar_label(axes.containers[-1], labels=[f"{value:.0f}" for value in left], padding=3)  # type: ignore[arg-type]
     axes.set(xlabel=f"microseconds a step of {LANDER}", xlim=(0, 1.08 * left.max()))
     axes.legend(ncols=4, fontsize="small", loc="lower right")
-    figure.savefig(IMAGES / "profile.png", dpi=100)
+    figure.savefig(IMAGES / "step_time.png", dpi=100)
 
 
 def main() -> None:
@@ -134,7 +121,7 @@ def main() -> None:
         result[name] = {part: float(np.median([sample[part] for sample in of_one])) for part in PARTS}
         print(f"{name}: {sum(result[name].values()):.1f} µs")
         print("  " + ", ".join(f"{part} {microseconds:.1f}" for part, microseconds in result[name].items()))
-    write_json(RESULTS / "profile.json", dict(provenance(), microseconds=samples))
+    write_json(RESULTS / "step_time.json", dict(provenance(), microseconds=samples))
     plot(result)
 
 
