@@ -237,8 +237,11 @@ def step_env(env: VecEnv, actions: np.ndarray, episodes: EpisodeTracker, episode
             episode_env.active = None
     # Some VecEnv return float64, others float32: learning must not depend on which it is
     rewards = np.asarray(rewards, dtype=np.float32)
-    check_finite("reward", rewards, episodes)
-    check_finite("observation", new_obs, episodes)
+    # Hardly ever is there anything to say
+    if not all_finite(rewards):
+        check_finite("reward", rewards, episodes)
+    if isinstance(new_obs, dict) or not all_finite(new_obs):  # type: ignore[arg-type]
+        check_finite("observation", new_obs, episodes)
     if any_true(dones):
         for idx in np.flatnonzero(dones & episodes.active):
             check_finite("terminal observation", infos[idx].get("terminal_observation"), episodes, idx)

@@ -31,6 +31,8 @@ class EpisodeVecEnv(DummyVecEnv):
         #: (n_envs,) members that ``step`` steps, None for all; the others return their last observation, a reward of 0, and
         #: empty infos
         self.active: np.ndarray | None = None
+        #: The buffer of observations that are a single array, which needs no look at keys
+        self._array: np.ndarray | None = self.buf_obs[None] if self.keys == [None] else None  # type: ignore[index]
 
     def step_wait(self) -> VecEnvStepReturn:
         """
@@ -50,11 +52,14 @@ class EpisodeVecEnv(DummyVecEnv):
             if done:
                 info["terminal_observation"] = obs
                 obs, self.reset_infos[env_idx] = env.reset()
-            self._save_obs(env_idx, obs)
+            if self._array is not None:
+                self._array[env_idx] = obs
+            else:
+                self._save_obs(env_idx, obs)
             infos.append({key: value if type(value) in _ATOMIC else deepcopy(value) for key, value in info.items()})
         return self._obs_from_buf(), self.buf_rews.copy(), self.buf_dones.copy(), infos
 
     def _obs_from_buf(self) -> VecEnvObs:
-        if self.keys[0] is None:
-            return self.buf_obs[None].copy()
+        if self._array is not None:
+            return self._array.copy()
         return dict_to_obs(self.observation_space, OrderedDict((key, self.buf_obs[key].copy()) for key in self.keys))
