@@ -119,7 +119,8 @@ class Actor:
         :raises ValueError: when the policy's output is NaN or infinite
         """
         actions, values = self._sample(observations)
-        actions = actions.reshape(self._actions_shape)
+        if actions.ndim != len(self._actions_shape):
+            actions = actions.reshape(self._actions_shape)
         if self._bounds is not None:
             low, high = self._bounds
             # What np.clip does, in a third of the time for a handful of numbers
@@ -265,7 +266,9 @@ class MlpActor(Actor):
 
     def _sample(self, observations: Observations) -> tuple[np.ndarray, None]:
         assert isinstance(observations, np.ndarray)
-        x = observations.reshape(len(observations), -1).astype(np.float32, copy=False)
+        x = observations
+        if x.ndim != 2 or x.dtype != np.float32:
+            x = x.reshape(len(x), -1).astype(np.float32)
         if self._normalizer is not None:
             x = (x - self._mean) / self._std
             np.minimum(np.maximum(x, -self._normalizer.clip, out=x), self._normalizer.clip, out=x)
