@@ -37,7 +37,7 @@ def gaussian_actions(mean: np.ndarray, std: np.ndarray, noise: np.ndarray) -> np
     Sample from diagonal Gaussians.
 
     :param mean: (n_envs, n_actions)
-    :param std: (n_envs, n_actions) or (n_actions,), above 0
+    :param std: (n_envs, n_actions) or (1, n_actions), above 0
     :param noise: (n_envs, n_actions) standard normal numbers
     :return: (n_envs, n_actions)
     """
@@ -108,7 +108,10 @@ class Actor:
         self._noise: Iterator[np.ndarray] = iter(())
         space = policy.action_space
         self._actions_shape = (-1, *(space.shape or ()))
-        self._bounds = (space.low, space.high) if isinstance(space, spaces.Box) and not policy.squash_output else None
+        # With a first dimension of their own, as everything here that is combined with arrays of one row an environment:
+        # for a single environment, NumPy then has arrays of equal shape to combine, in half the time that broadcasting takes
+        clips = isinstance(space, spaces.Box) and not policy.squash_output
+        self._bounds = (space.low[None], space.high[None]) if clips else None  # type: ignore[attr-defined]
 
     def __call__(self, observations: Observations) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """
@@ -167,7 +170,7 @@ class Actor:
 
         :param action_dist: the distribution that they are for
         :param outputs: (n_envs, n_outputs) means for Gaussians, logits for everything else
-        :param std: (n_envs, n_actions) or (n_actions,) standard deviations of Gaussians
+        :param std: (n_envs, n_actions) or (1, n_actions) standard deviations of Gaussians
         :return: (n_envs, ...) actions
         :raises ValueError: when an output is NaN or infinite
         """
@@ -226,17 +229,17 @@ class MlpActor(Actor):
         extractor = policy.features_extractor
         self._normalizer = extractor.normalizer if isinstance(extractor, NormalizedExtractor) else None
         if self._normalizer is not None:
-            self._mean, self._std = (x.numpy().ravel() for x in self._normalizer.shift_and_scale("", th.float32))
+            self._mean, self._std = (x.numpy().reshape(1, -1) for x in self._normalizer.shift_and_scale("", th.float32))
         # Weight and bias of a layer, or an activation
         self._layers: list[tuple[Any, Any, Callable[..., Any] | None]] = [
-            (module.weight.detach().numpy().T, module.bias.detach().numpy(), None)
+            (module.weight.detach().numpy().T, module.bias.detach().numpy()[None], None)
             if isinstance(module, nn.Linear)
             else (None, None, self._ACTIVATIONS[type(module)])
             for module in (*policy.mlp_extractor.policy_net, policy.action_net)
         ]
         is_gaussian = isinstance(policy.action_dist, DiagGaussianDistribution)
         self._action_dist = policy.action_dist
-        self._log_std = policy.log_std.detach().numpy() if is_gaussian else None
+        self._log_std = policy.log_std.detach().numpy()[None] if is_gaussian else None
 
     @classmethod
     def can_act_for(cls, policy: ActorCriticPolicy) -> bool:
