@@ -7,6 +7,7 @@ Steps a second of `learn()` on LunarLanderContinuous-v3, one thing varied at a t
 environments and two hidden layers of 64 units. Writes ``results/scaling.json`` and ``docs/images/scaling.png``.
 """
 
+import argparse
 import time
 from typing import Any
 
@@ -23,7 +24,6 @@ AXES = {
     "batch": [1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000],
     "width": [32, 64, 128, 256, 512, 1024],
 }
-REPEATS = 3
 
 
 def measure(environments: int = 4, batch: int = 4096, width: int = 64) -> dict[str, float]:
@@ -69,11 +69,14 @@ def plot(samples: dict[str, dict[str, list[dict[str, float]]]], alone: float) ->
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
     th.set_num_threads(1)
     samples: dict[str, Any] = {name: {str(value): [] for value in values} for name, values in AXES.items()}
     run_alone = environment_alone(LANDER)
     alone = []
-    for _ in range(REPEATS):
+    for _ in range(arguments.repeats):
         alone.append(run_alone(20_000))
         for name, values in AXES.items():
             for value in values:
