@@ -20,7 +20,7 @@ _RANK_TOLERANCE = 1e-12
 _CONSTANT_TOLERANCE = 1e-10
 
 
-#: Samples that are worked on at once.
+#: Samples that are worked on at once: few enough to stay in the processor's cache.
 _BLOCK = 2048
 
 

@@ -42,7 +42,7 @@ class EpisodeTracker:
         #: (n_envs,) step of the rollout with which the current episode began, and number of episodes so far
         self.began = np.zeros(n_envs, dtype=int)
         self.episodes = np.zeros(n_envs, dtype=int)
-        self.n_steps = self.n_active = self.n_transitions = self.n_started = self.n_finished = 0
+        self.n_steps = self.n_active = self.n_transitions = self.n_started = 0
         #: No episode reaches max_episode_steps before this step
         self._next_cut = max_episode_steps
 
@@ -77,7 +77,6 @@ class EpisodeTracker:
         self.cut |= cut
         self.active = self.active.copy()
         for idx in np.flatnonzero(dones | cut):
-            self.n_finished += 1
             if self.wants_more() and not cut[idx]:
                 self.began[idx] = self.n_steps
                 self.episodes[idx] += 1
@@ -107,8 +106,8 @@ def collect_episodes(
     Fill a buffer with whole episodes, as many as an :class:`EpisodeTracker` wants.
 
     Most ``VecEnv`` cannot step some of their members: idle ones are stepped along, which counts as ``num_timesteps``, but
-    what they return goes nowhere. For them, callbacks see a reward of 0, no end of an episode, and empty infos. An
-    :class:`~sb3_reinforce.vec_env.EpisodeVecEnv` leaves them alone.
+    what they return goes nowhere (an observation that is not finite is refused all the same). For them, callbacks see a
+    reward of 0, no end of an episode, and empty infos. An :class:`~sb3_reinforce.vec_env.EpisodeVecEnv` leaves them alone.
 
     :param model: the algorithm: its policy acts, its counters and statistics are kept up to date
     :param env: the environments
@@ -136,6 +135,7 @@ def collect_episodes(
     # After the callback, which may change the policy
     act = make_actor(policy, rng)
 
+    # Callbacks find the steps of the rollout under the name n_steps, as in A2C
     n_steps = n_env_steps = 0
     episode_env = find_episode_vec_env(env)
     while episodes.wants_more():
@@ -177,7 +177,7 @@ def collect_episodes(
 
     model._last_episode_starts = at_start
     rollout_buffer.finish()
-    model.logger.record("rollout/episodes", episodes.n_finished)
+    model.logger.record("rollout/episodes", episodes.n_started)
     model.logger.record("rollout/transitions", episodes.n_transitions)
     model.logger.record("rollout/idle_fraction", 1.0 - episodes.n_transitions / n_env_steps)
     return True
