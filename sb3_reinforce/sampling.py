@@ -19,6 +19,7 @@ from stable_baselines3.common.distributions import (
     DiagGaussianDistribution,
     Distribution,
     MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
@@ -93,6 +94,18 @@ _STEPS_OF_NOISE = 256
 _NUMBERS_OF_NOISE = 2**16
 
 
+def state_dependent_noise(latent: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+    """
+    The noise of generalized state-dependent exploration: a linear function of the state's features, which stays the same for
+    a while, and so is smooth in time (Raffin et al., 2021, https://arxiv.org/abs/2005.05719).
+
+    :param latent: (n_envs, n_features) what the output layer of the actor sees
+    :param matrices: (n_envs, n_features, n_actions) one for each environment
+    :return: (n_envs, n_actions)
+    """
+    return np.matmul(latent[:, None], matrices)[:, 0]
+
+
 class Actor:
     """
     Samples actions of any policy, through PyTorch, for one rollout.
@@ -139,12 +152,13 @@ class Actor:
             obs_tensor = obs_as_tensor(observations, self.policy.device)
             with nan_explained():
                 distribution, values = self._get_distribution(obs_tensor)
+            if type(distribution) is StateDependentNoiseDistribution:
+                # All its randomness is in the matrices
+                return check_output(distribution.get_actions().cpu().numpy()), values
             if type(distribution) not in _NOISE:
                 with torch_seeded_from(self.rng, self.policy.device):
                     actions = distribution.get_actions().cpu().numpy()
-                if not all_finite(actions):
-                    raise ValueError(f"The policy's output is not finite: it chose the actions {actions.tolist()}")
-                return actions, values
+                return check_output(actions), values
             parts: Any = distribution.distribution
             if isinstance(distribution, DiagGaussianDistribution):
                 return self._sample_outputs(distribution, parts.mean.cpu().numpy(), parts.stddev.cpu().numpy()), values
@@ -180,11 +194,9 @@ class Actor:
             self._noise = iter(_NOISE[type(action_dist)](self.rng, (n_steps, *outputs.shape)))
             noise = next(self._noise)
         # Samples of a Gaussian tell of its mean and its standard deviation alike
-        checked = actions = outputs if std is None else gaussian_actions(outputs, std, noise)
-        if not all_finite(checked):
-            raise ValueError(f"The policy's output is not finite: {checked.tolist()}")
         if std is not None:
-            return actions
+            return check_output(gaussian_actions(outputs, std, noise))
+        check_output(outputs)
         if isinstance(action_dist, CategoricalDistribution):
             return categorical_actions(outputs, noise)
         if isinstance(action_dist, MultiCategoricalDistribution):
@@ -209,6 +221,10 @@ def _brings_values(policy: ActorCriticPolicy) -> bool:
     return shares_network or own.extract_features is not ActorCriticPolicy.extract_features
 
 
+def _is_gsde_without_squashing(action_dist: Distribution) -> bool:
+    return type(action_dist) is StateDependentNoiseDistribution and action_dist.bijector is None
+
+
 class MlpActor(Actor):
     """
     Samples actions of a plain multi-layer perceptron on the CPU with NumPy, which sees the same memory: for networks of a few
@@ -230,13 +246,16 @@ class MlpActor(Actor):
         self._normalizer = extractor.normalizer if isinstance(extractor, NormalizedExtractor) else None
         if self._normalizer is not None:
             self._mean, self._std = (x.numpy().reshape(1, -1) for x in self._normalizer.shift_and_scale("", th.float32))
-        # Weight and bias of a layer, or an activation
+        # Weight and bias of a hidden layer, or an activation
         self._layers: list[tuple[Any, Any, Callable[..., Any] | None]] = [
             (module.weight.detach().numpy().T, module.bias.detach().numpy()[None], None)
             if isinstance(module, nn.Linear)
             else (None, None, self._ACTIVATIONS[type(module)])
-            for module in (*policy.mlp_extractor.policy_net, policy.action_net)
+            for module in policy.mlp_extractor.policy_net
         ]
+        assert isinstance(policy.action_net, nn.Linear)
+        self._weight: Any = policy.action_net.weight.detach().numpy().T
+        self._bias: Any = policy.action_net.bias.detach().numpy()[None]
         is_gaussian = isinstance(policy.action_dist, DiagGaussianDistribution)
         self._action_dist = policy.action_dist
         self._log_std = policy.log_std.detach().numpy()[None] if is_gaussian else None
@@ -253,7 +272,7 @@ class MlpActor(Actor):
             own.get_distribution is ActorCriticPolicy.get_distribution
             and own.extract_features is ActorCriticPolicy.extract_features
             and own._get_action_dist_from_latent is ActorCriticPolicy._get_action_dist_from_latent
-            and type(policy.action_dist) in _NOISE
+            and (type(policy.action_dist) in _NOISE or _is_gsde_without_squashing(policy.action_dist))
             and policy.device.type == "cpu"
             and isinstance(policy.observation_space, spaces.Box)
             and not is_image_space(policy.observation_space)
@@ -282,8 +301,15 @@ class MlpActor(Actor):
                 x += bias
             else:
                 activate(x)
+        outputs = x.dot(self._weight)
+        outputs += self._bias
+        if isinstance(self._action_dist, StateDependentNoiseDistribution):
+            # As SB3's get_noise() chooses
+            one = len(x) == 1 or len(x) != len(self._action_dist.exploration_matrices)
+            matrices = self._action_dist.exploration_mat[None] if one else self._action_dist.exploration_matrices
+            return check_output(outputs + state_dependent_noise(x, matrices.detach().numpy())), None
         std = None if self._log_std is None else np.exp(self._log_std)
-        return self._sample_outputs(self._action_dist, x, std), None
+        return self._sample_outputs(self._action_dist, outputs, std), None
 
 
 def make_actor(policy: ActorCriticPolicy, rng: np.random.Generator) -> Actor:
@@ -306,6 +332,17 @@ def all_finite(values: np.ndarray) -> bool:
         return True
     # The sum of squares is finite only if all values are, and costs a third of looking at them; it may overflow, though
     return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
+
+
+def check_output(values: np.ndarray) -> np.ndarray:
+    """
+    :param values: what a policy's network returned, or actions made of it
+    :return: the same
+    :raises ValueError: if a value is NaN or infinite
+    """
+    if not all_finite(values):
+        raise ValueError(f"The policy's output is not finite: {values.tolist()}")
+    return values
 
 
 @contextmanager

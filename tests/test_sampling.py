@@ -74,6 +74,26 @@ def test_the_fast_actor_chooses_the_actions_of_the_general_one(space: str, varia
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("n_matrices", [1, 2, 5])
+@pytest.mark.parametrize("n_envs", [1, 2, 5])
+def test_the_fast_actor_has_the_noise_of_gsde_as_well(n_envs: int, n_matrices: int, variant: str):
+    """Whichever matrices there are: one for each environment, or another number of them, when SB3 takes one for all."""
+    policy = make_policy(ACTIONS["box"], use_sde=True, log_std_init=-1, **VARIANTS[variant])
+    rng = np.random.default_rng(0)
+    fast, general = make_actor(policy, rng), Actor(policy, rng)
+    assert type(fast) is MlpActor
+    obs = observations(n_envs)
+    chosen = []
+    for seed in range(2):
+        # The actor has to follow when the matrices change
+        reset_noise(policy, n_matrices, np.random.default_rng(seed))
+        for by_numpy, by_torch in zip(fast(obs)[:2], general(obs)[:2], strict=True):
+            np.testing.assert_allclose(by_numpy, by_torch, rtol=1e-5, atol=1e-5)
+        chosen.append(fast(obs)[0])
+    assert np.abs(chosen[0] - chosen[1]).min() > 1e-3
+
+
 @pytest.mark.parametrize("actor", [Actor, MlpActor])
 @pytest.mark.parametrize("space", ACTIONS)
 def test_noise_is_never_used_twice(space: str, actor: type[Actor], monkeypatch: pytest.MonkeyPatch):
@@ -104,12 +124,12 @@ class Extractor(MlpPolicy):
 @pytest.mark.parametrize(
     "policy",
     [
-        lambda: make_policy(ACTIONS["box"], use_sde=True),
+        lambda: make_policy(ACTIONS["box"], use_sde=True, squash_output=True),
         lambda: make_policy(ACTIONS["box"], Custom),
         lambda: make_policy(ACTIONS["box"], Extractor),
         lambda: make_policy(ACTIONS["box"], activation_fn=nn.ELU),
     ],
-    ids=["gSDE", "custom distribution", "custom extractor", "other activation"],
+    ids=["squashed gSDE", "custom distribution", "custom extractor", "other activation"],
 )
 def test_everything_else_takes_the_general_path(policy: Callable[[], ActorCriticPolicy]):
     assert type(make_actor(policy(), np.random.default_rng(0))) is Actor
@@ -232,11 +252,20 @@ def test_exploration_matrices_follow_the_generator():
     assert not th.equal(matrices[0], matrices[2])
 
 
-def test_training_is_the_same_on_both_paths(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_training_is_the_same_on_both_paths(use_sde: bool, monkeypatch: pytest.MonkeyPatch):
     from sb3_reinforce import REINFORCE
 
     def weights() -> np.ndarray:
-        model = REINFORCE("MlpPolicy", gym.make("Pendulum-v1"), n_steps=400, seed=0, normalize_observations=True)
+        model = REINFORCE(
+            "MlpPolicy",
+            gym.make("Pendulum-v1"),
+            n_steps=400,
+            seed=0,
+            normalize_observations=True,
+            use_sde=use_sde,
+            sde_sample_freq=8,
+        )
         model.learn(1600)
         return th.cat([parameter.flatten() for parameter in model.policy.parameters()]).detach().numpy()
 
