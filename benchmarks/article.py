@@ -3,7 +3,7 @@ The article's recipe on LunarLanderContinuous-v3, against a run of the article's
 
     python -m benchmarks.article --jobs 2
 
-trains one model a seed with the constructor's defaults, writes ``results/article/seed_K.json`` (one entry a batch: steps,
+trains one model a seed with ``zoo_configs/article.yml``, writes ``results/article/seed_K.json`` (one entry a batch: steps,
 seconds, mean return, episodes), skips the seeds that are there already, plots them all beside
 ``reference/article_seed0.csv`` into ``docs/images/article.png``, and says in the README how they compare.
 """
@@ -19,7 +19,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from benchmarks.common import IMAGES, REFERENCE, RESULTS, fill_readme, provenance, write_json
-from sb3_reinforce import REINFORCE
+from benchmarks.learning import make_model
 
 ENV = "LunarLanderContinuous-v3"
 FOLDER = RESULTS / "article"
@@ -54,7 +54,8 @@ class Batches(BaseCallback):
 def run(seed: int, timesteps: int) -> None:
     th.set_num_threads(1)
     batches = Batches()
-    REINFORCE("MlpPolicy", ENV, seed=seed, device="cpu").learn(timesteps, callback=batches)
+    model, _, _ = make_model("reinforce", ENV, seed, timesteps, {}, config="article.yml")
+    model.learn(timesteps, callback=batches)
     write_json(FOLDER / f"seed_{seed}.json", dict(provenance(), seed=seed, timesteps=timesteps, batches=batches.rows))
 
 

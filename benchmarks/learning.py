@@ -99,7 +99,13 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> list[float]:
 
 
 def make_model(
-    algo: str, env_id: str, seed: int, timesteps: int | None, params: dict[str, Any], tensorboard_log: str = ""
+    algo: str,
+    env_id: str,
+    seed: int,
+    timesteps: int | None,
+    params: dict[str, Any],
+    tensorboard_log: str = "",
+    config: str | None = None,
 ) -> tuple[Any, int, dict[str, Any]]:
     """A new model, for how many steps it is to learn, and the settings that it got from its file."""
     if algo == "defaults":
@@ -119,6 +125,7 @@ def make_model(
             n_timesteps=timesteps or 0,
             eval_freq=-1,
             hyperparams=params,
+            config=config,
             seed=seed,
             verbose=0,
             device="cpu",

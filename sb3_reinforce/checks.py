@@ -52,8 +52,11 @@ def check_hyperparameters(model: Any) -> None:
     check("ent_coef", _is_real(model.ent_coef) and model.ent_coef >= 0, "finite and at least 0")
     rate = model.learning_rate
     check("learning_rate", callable(rate) or (_is_real(rate) and rate >= 0), "a schedule, or finite and at least 0")
-    norm = model.max_grad_norm
-    check("max_grad_norm", norm is None or (_is_real(norm) and norm > 0), "finite and above 0, or None for no clipping")
+    for name in ("max_grad_norm", "target_kl"):
+        limit = getattr(model, name)
+        check(name, limit is None or (_is_real(limit) and limit > 0), "finite and above 0, or None for no limit")
+    final = model.final_log_std
+    check("final_log_std", final is None or _is_real(final), "finite, or None to leave the noise alone")
     check("baseline", model.baseline is None or model.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
     check("baseline_memory", _is_real(model.baseline_memory) and 0 <= model.baseline_memory < 1, "in [0, 1)")
     buffer = model.rollout_buffer_class
@@ -65,7 +68,7 @@ def check_hyperparameters(model: Any) -> None:
     check("policy_class", is_policy, "a subclass of SB3's ActorCriticPolicy that is not recurrent")
     if not issubclass(model.policy_class, MlpPolicy):
         policy = f"{model.policy_class.__name__}: a policy of sb3_reinforce (or a subclass) is needed for anything else"
-        check("baseline", model.baseline in ("linear", None), f"'linear' or None with {policy}")
+        check("baseline", model.baseline in ("linear", "random", None), f"'linear', 'random' or None with {policy}")
         check("normalize_observations", not model.normalize_observations, f"False with {policy}")
 
 

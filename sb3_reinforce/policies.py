@@ -125,18 +125,19 @@ class MlpPolicy(ActorCriticPolicy):
     """
     A stochastic policy on vector observations with a closed-form state-value baseline.
 
-    The defaults are the article's: two hidden layers of 32 ReLU units, Glorot-uniform weights, zero biases, and, for
-    continuous actions, a Gaussian with a state-independent standard deviation that is learned with the mean. All parameters
-    of SB3's ``ActorCriticPolicy`` are accepted; those whose default or meaning differs, and the new ones, are:
+    Continuous actions have a Gaussian with a state-independent standard deviation that is learned with the mean. All
+    parameters of SB3's ``ActorCriticPolicy`` are accepted; those whose default or meaning differs, and the new ones, are:
 
     :param observation_space: Observation space
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule (could be constant)
-    :param net_arch: hidden layers of the actor, e.g. ``[64, 64]`` (or ``dict(pi=[64, 64])``). Default: ``[32, 32]``, or none
+    :param net_arch: hidden layers of the actor, e.g. ``[64, 64]`` (or ``dict(pi=[64, 64])``). Default: ``[64, 64]``, or none
         behind a CNN. The baseline has no hidden layers: a ``vf`` entry is ignored with a warning
-    :param activation_fn: Activation function of the actor
-    :param ortho_init: True for SB3's orthogonal initialisation; False (default) for Glorot-uniform weights and zero biases
+    :param activation_fn: Activation function of the actor, ReLU by default
+    :param ortho_init: True (default) for SB3's orthogonal initialisation; False for Glorot-uniform weights and zero biases
         in the actor
+    :param log_std_init: Initial value for the log standard deviation. Much noise may hide what the mean achieves; with little,
+        exploration may end before it has begun
     :param optimizer_kwargs: as in SB3, but Adam keeps PyTorch's ``eps=1e-8`` (SB3 sets 1e-5)
     :param baseline: feature map of the baseline: "linear" (the features themselves), "quadratic" (and their squares),
         "random" (and fixed random tanh units of them), or None for no baseline
@@ -154,16 +155,17 @@ class MlpPolicy(ActorCriticPolicy):
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.ReLU,
-        ortho_init: bool = False,
+        ortho_init: bool = True,
+        log_std_init: float = -1.0,
         optimizer_kwargs: dict[str, Any] | None = None,
-        baseline: str | None = "linear",
-        baseline_memory: float = 0.0,
-        normalize_observations: bool = False,
+        baseline: str | None = "random",
+        baseline_memory: float = 0.85,
+        normalize_observations: bool = True,
         **kwargs: Any,
     ):
         kwargs.setdefault("features_extractor_class", self.default_features_extractor)
         if net_arch is None:
-            net_arch = [] if kwargs["features_extractor_class"] == NatureCNN else [32, 32]
+            net_arch = [] if kwargs["features_extractor_class"] == NatureCNN else [64, 64]
         if isinstance(net_arch, dict):
             if net_arch.get("vf"):
                 warnings.warn(
@@ -180,6 +182,7 @@ class MlpPolicy(ActorCriticPolicy):
             net_arch=net_arch,
             activation_fn=activation_fn,
             ortho_init=ortho_init,
+            log_std_init=log_std_init,
             optimizer_kwargs={} if optimizer_kwargs is None else optimizer_kwargs,
             **kwargs,
         )

@@ -12,12 +12,13 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import LinearSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
@@ -41,6 +42,19 @@ from sb3_reinforce.vec_env import EpisodeVecEnv
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
 
+def approximate_kl(log_prob: th.Tensor, new_log_prob: th.Tensor) -> float:
+    """
+    Estimate of the Kullback-Leibler divergence of a new policy from the one that has acted: never negative, and of little
+    variance (Schulman, 2020, "Approximating KL divergence", k3, http://joschu.net/blog/kl-approx.html).
+
+    :param log_prob: (n_transitions,) log-probabilities of the actions under the policy that has chosen them
+    :param new_log_prob: (n_transitions,) the same of the new policy
+    :return: nats per transition
+    """
+    log_ratio = new_log_prob - log_prob
+    return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
+
+
 class _Default(int):
     """An integer that is a default value: it tells an argument that was left out from one that was given the same value."""
 
@@ -58,12 +72,20 @@ class REINFORCE(OnPolicyAlgorithm):
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy), or a subclass of these. Subclasses of
         SB3's ``ActorCriticPolicy`` work too: their critic branch is then the feature map of the baseline
     :param env: The environment to learn from (if registered in Gym, can be str; it is then made without a render mode)
-    :param learning_rate: The learning rate (at least 0), it can be a function of the current progress remaining (from 1 to 0)
+    :param learning_rate: The learning rate (at least 0), it can be a function of the current progress remaining (from 1 to 0).
+        By default it falls linearly to 0 over ``total_timesteps``: a rate that stays high undoes what it has learned
     :param n_steps: Steps to collect for each environment per update, at least 1: episodes are started until ``n_steps *
         n_envs`` transitions have been collected in all, and all of them are finished. Fewer make more but noisier updates
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
     :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early
     :param max_grad_norm: The maximum value for the gradient clipping (above 0), None for no clipping
+    :param target_kl: Largest Kullback-Leibler divergence, in nats, of the new policy from the one that has collected the batch
+        (above 0): a step that is longer is shortened to it. It keeps a batch of few episodes from undoing what was learned.
+        None for no limit
+    :param final_log_std: The log standard deviation of Gaussian actions, which is learned, is kept below a line that falls
+        from its initial value to this one at the end of training. Lower it if the deterministic policy is to be as good as
+        what was trained, raise it if exploration ends too early; None for no such line, an entropy bonus needs that. Other
+        distributions are left alone
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE; -1: only at the beginning of the rollout
     :param rollout_buffer_class: Rollout buffer class to use, a subclass of
@@ -77,13 +99,16 @@ class REINFORCE(OnPolicyAlgorithm):
         keeps environments that never end from filling the memory
     :param baseline: What the state-value baseline is linear in: "linear" (the features), "quadratic" (and their squares),
         "random" (and fixed random tanh units of them), or None for no baseline. Richer ones reduce the variance of the
-        gradient when returns are no linear function of the state
-    :param baseline_memory: Weight of the batches before the latest one in the fit of the baseline, per batch, in [0, 1)
+        gradient when returns are no linear function of the state. Policies that are no subclass of those here have a feature
+        map of their own, their critic branch, in which both "linear" and "random" are linear
+    :param baseline_memory: Weight of the batches before the latest one in the fit of the baseline, per batch, in [0, 1). Less
+        follows the policy faster, more has more episodes to fit the baseline to
     :param bootstrap_timeouts: Whether the baseline's value of the last observation is added to the reward when an episode
         ends by a time limit, as SB3's algorithms do. For tasks that would go on without their time limit. Without a
         baseline it changes nothing
     :param normalize_observations: Whether the policy normalises vector observations with running statistics, which are
-        updated once a batch and saved with it
+        updated once a batch and saved with it. None stands for True with the policies here and their subclasses, and for
+        False with all others, which cannot do it
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the reported
         success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -109,11 +134,13 @@ class REINFORCE(OnPolicyAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
-        learning_rate: float | Schedule = 1e-3,
-        n_steps: int | None = _Default(3000),
-        gamma: float = 0.97,
+        learning_rate: float | Schedule = LinearSchedule(5e-3, 0.0, 1.0),
+        n_steps: int | None = _Default(2000),
+        gamma: float = 0.99,
         ent_coef: float = 0.0,
         max_grad_norm: float | None = None,
+        target_kl: float | None = 0.01,
+        final_log_std: float | None = -1.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
@@ -121,10 +148,10 @@ class REINFORCE(OnPolicyAlgorithm):
         normalize_advantage: bool = True,
         n_episodes: int | None = None,
         max_episode_steps: int = 50_000,
-        baseline: str | None = "linear",
-        baseline_memory: float = 0.0,
+        baseline: str | None = "random",
+        baseline_memory: float = 0.85,
         bootstrap_timeouts: bool = False,
-        normalize_observations: bool = False,
+        normalize_observations: bool | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -158,12 +185,15 @@ class REINFORCE(OnPolicyAlgorithm):
             _init_setup_model=False,
         )
         self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.final_log_std = final_log_std
         self.n_episodes = n_episodes
         self.max_episode_steps = max_episode_steps
         self.baseline = baseline
         self.baseline_memory = baseline_memory
         self.bootstrap_timeouts = bootstrap_timeouts
-        self.normalize_observations = normalize_observations
+        is_own = issubclass(self.policy_class, MlpPolicy)
+        self.normalize_observations = is_own if normalize_observations is None else normalize_observations
 
         if env is not None:
             self._attach_env(env, policy)
@@ -276,6 +306,7 @@ class REINFORCE(OnPolicyAlgorithm):
             max_episode_steps=self.max_episode_steps,
         )
         rng = self._rollout_rng()
+        self._num_timesteps_before_rollout = self.num_timesteps
         if not collect_episodes(self, env, callback, rollout_buffer, rng, episodes, self.bootstrap_timeouts):
             return False
 
@@ -302,6 +333,7 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.normalize_advantage:
             self.rollout_buffer.normalize_advantages()
         before = deepcopy(self.get_parameters())
+        start = [parameter.detach().clone() for parameter in self.policy.parameters()]
         try:
             # Switch to train mode (this affects batch norm / dropout)
             self.policy.set_training_mode(True)
@@ -311,21 +343,22 @@ class REINFORCE(OnPolicyAlgorithm):
             # Evaluation mode: a look at the new policy must not change the statistics of batch norm
             self.policy.set_training_mode(False)
             new_log_prob, features = self._look_at_new_policy()
+            while self.target_kl is not None and (kl := approximate_kl(log_prob, new_log_prob)) > self.target_kl:
+                self._shorten_step(start, min(math.sqrt(self.target_kl / kl), 0.9))
+                new_log_prob, features = self._look_at_new_policy()
         except ValueError:
             super().set_parameters(before)  # type: ignore[arg-type]
             raise
         self._n_updates += 1
+        self._limit_noise()
         self._refit_baseline(features)
 
-        # Estimator k3 of http://joschu.net/blog/kl-approx.html
-        log_ratio = new_log_prob - log_prob
-        approx_kl = (th.exp(log_ratio) - 1 - log_ratio).mean().item()
         values, returns = self.rollout_buffer.values, self.rollout_buffer.returns
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/policy_gradient_loss", policy_loss)
         self.logger.record("train/entropy_loss", entropy_loss)
         self.logger.record("train/grad_norm", grad_norm)
-        self.logger.record("train/approx_kl", approx_kl)
+        self.logger.record("train/approx_kl", approximate_kl(log_prob, new_log_prob))
         self.logger.record("train/advantage_std", advantage_std)
         self.logger.record("train/explained_variance", explained_variance(values, returns))
         self.logger.record("train/baseline_mse", np.mean((returns - values) ** 2))
@@ -384,6 +417,20 @@ class REINFORCE(OnPolicyAlgorithm):
                 raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
         return log_prob, np.concatenate(features) if sum(map(len, features)) == len(log_prob) else None
 
+    def _limit_noise(self) -> None:
+        """Keep the log standard deviation of Gaussian actions below a line from where it began to ``final_log_std``."""
+        if self.final_log_std is None or not isinstance(self.policy.action_dist, DiagGaussianDistribution):
+            return
+        initial, progress = self.policy.log_std_init, self._current_progress_remaining
+        with th.no_grad():
+            self.policy.log_std.clamp_(max=self.final_log_std + (initial - self.final_log_std) * progress)
+
+    def _shorten_step(self, start: list[th.Tensor], share: float) -> None:
+        """Go back towards the parameters that the policy had at the start, so that a share of the step is left."""
+        with th.no_grad():
+            for old, parameter in zip(start, self.policy.parameters(), strict=True):
+                parameter.copy_(th.lerp(old, parameter, share))
+
     def _refit_baseline(self, features: np.ndarray | None) -> None:
         """
         Bring the observation statistics up to date, then fit the baseline to the batch that has been learned from, with the
@@ -391,7 +438,7 @@ class REINFORCE(OnPolicyAlgorithm):
 
         :param features: what it is linear in, with the new feature extractor; None if that is not known
         """
-        if self.normalize_observations:
+        if self.normalize_observations and self.policy.observation_normalizer.keys:  # type: ignore[union-attr]
             self.policy.observation_normalizer.update(self.rollout_buffer.observations)  # type: ignore[union-attr,operator]
             features = None
         if self.baseline is not None:
@@ -402,9 +449,12 @@ class REINFORCE(OnPolicyAlgorithm):
         """What the baseline is linear in, for all transitions of the batch."""
         return baseline_features(self.policy, self.rollout_buffer.observation_chunks(chunk_size(self.policy)))
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        # Were the steps of the latest batch counted, as they are by SB3, a schedule would be past its beginning for the first
+        # update, and at its end for the last one, which with whole episodes may be the only one
+        super()._update_current_progress_remaining(self._num_timesteps_before_rollout, total_timesteps)
+
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        # Whole episodes may go past total_timesteps: a schedule ends at 0 all the same
-        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
         check_learning_rate(self.lr_schedule(self._current_progress_remaining), self._current_progress_remaining)
         super()._update_learning_rate(optimizers)
 

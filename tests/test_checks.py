@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from inspect import signature
 from typing import Any
 
 import gymnasium as gym
@@ -35,6 +36,8 @@ class TestArguments:
             *[("gamma", value) for value in (0.0, -0.1, 1.1, np.nan, None)],
             *[("ent_coef", value) for value in (-0.1, np.nan, np.inf)],
             *[("max_grad_norm", value) for value in (0.0, -1.0, np.nan, np.inf)],
+            *[("target_kl", value) for value in (0.0, -1.0, np.nan, np.inf)],
+            *[("final_log_std", value) for value in (np.nan, -np.inf, "-1")],
             *[("learning_rate", value) for value in (-1e-3, np.nan, np.inf)],
             *[("max_episode_steps", value) for value in (0, 1.5)],
             *[("baseline_memory", value) for value in (-0.1, 1.0, np.nan)],
@@ -50,7 +53,8 @@ class TestArguments:
         assert str(value) in str(error.value)
 
     def test_n_steps_and_n_episodes_exclude_each_other(self):
-        for n_steps in (100, 3000):
+        default = int(signature(REINFORCE).parameters["n_steps"].default)
+        for n_steps in (100, default):
             with pytest.raises(ValueError, match=f"Exactly one .* got n_steps={n_steps}, n_episodes=5"):
                 REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=n_steps, n_episodes=5)
         assert REINFORCE("MlpPolicy", ScriptedEnv([4]), n_episodes=5).n_steps is None
@@ -69,7 +73,7 @@ class TestArguments:
     def test_foreign_policies_bring_their_own_features(self):
         policy = A2C("MlpPolicy", ScriptedEnv([4])).policy_class
         REINFORCE(policy, ScriptedEnv([4]), n_steps=8).learn(16)
-        for kwargs in (dict(baseline="random"), dict(normalize_observations=True)):
+        for kwargs in (dict(baseline="quadratic"), dict(normalize_observations=True)):
             with pytest.raises(ValueError, match="ActorCriticPolicy: a policy of sb3_reinforce"):
                 REINFORCE(policy, ScriptedEnv([4]), **kwargs)
 

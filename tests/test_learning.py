@@ -5,6 +5,7 @@ import pytest
 from stable_baselines3.common.envs import IdentityEnv, IdentityEnvBox, IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_reinforce import REINFORCE
@@ -30,7 +31,9 @@ def identity_env(make, n_envs=4):
         pytest.param(lambda: IdentityEnvMultiBinary(4), {}, id="multi_binary"),
         pytest.param(lambda: IdentityEnvBox(eps=0.5), {}, id="box"),
         pytest.param(
-            lambda: IdentityEnvBox(eps=0.5), dict(normalize_observations=True, baseline="random"), id="box_normalised"
+            lambda: IdentityEnvBox(eps=0.5),
+            dict(baseline="linear", baseline_memory=0.0, normalize_observations=False),
+            id="box_linear_baseline",
         ),
     ],
 )
@@ -43,3 +46,13 @@ def test_learns_to_repeat_the_observation(make, kwargs):
     evaluate_policy(model, env, n_eval_episodes=20, reward_threshold=90)
     observation, _ = make().reset()
     assert np.shape(model.predict(observation)[0]) == np.shape(observation)
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", ActorCriticPolicy])
+def test_learns_with_all_defaults(policy):
+    """Policies of SB3 have a feature map of their own for the baseline, and no normalisation."""
+    model = REINFORCE(policy, "CartPole-v1", seed=1)
+    untrained, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=10)
+    assert untrained < 50
+    model.learn(32_000)
+    evaluate_policy(model, model.get_env(), n_eval_episodes=20, reward_threshold=100)

@@ -73,7 +73,7 @@ def test_normalisation_changes_nothing_before_the_first_update():
 
 def test_acting_the_update_and_the_baseline_see_the_same_normalised_observations():
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, normalize_observations=True)
-    plain = MlpPolicy(VECTOR, CONTINUOUS, schedule)
+    plain = MlpPolicy(VECTOR, CONTINUOUS, schedule, normalize_observations=False)
     policy.observation_normalizer.update(np.random.default_rng(0).normal(size=(50, 3)) * 3 + 2)
     plain.load_state_dict(policy.state_dict(), strict=False)
     policy.value_net.weight[:], plain.value_net.weight[:] = 1.0, 1.0
@@ -87,7 +87,9 @@ def test_acting_the_update_and_the_baseline_see_the_same_normalised_observations
     np.testing.assert_allclose(
         policy.predict(raw.numpy(), deterministic=True)[0], plain.predict(normalized.numpy(), deterministic=True)[0], rtol=1e-6
     )
-    np.testing.assert_allclose(baseline_features(policy, [raw]), normalized.numpy(), rtol=1e-6)
+    features = baseline_features(policy, [raw])
+    np.testing.assert_allclose(features[:, :3], normalized.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(features, baseline_features(plain, [normalized]), rtol=1e-6)
 
 
 def test_separate_extractors_share_one_normaliser():
@@ -96,24 +98,30 @@ def test_separate_extractors_share_one_normaliser():
     assert policy.pi_features_extractor.normalizer is policy.vf_features_extractor.normalizer
 
 
-def test_defaults_are_those_of_the_article():
+def test_defaults():
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
     layers = [*policy.mlp_extractor.policy_net, policy.action_net]
     assert [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
-    for layer in layers[::2]:
-        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
-        assert 0.7 * bound < layer.weight.abs().max() <= bound
-        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.25)
-        assert not layer.bias.any()
-    assert [layer.out_features for layer in layers[::2]] == [32, 32, 2]
-    assert th.equal(policy.log_std, th.zeros(2))
+    assert [layer.out_features for layer in layers[::2]] == [64, 64, 2]
+    assert (policy.ortho_init, policy.normalize_observations) == (True, True)
+    assert (policy.baseline, policy.baseline_memory, policy.value_net.memory) == ("random", 0.85, 0.85)
+    assert th.equal(policy.log_std, th.full((2,), -1.0))
     settings = policy.optimizer.param_groups[0]
     assert (type(policy.optimizer), settings["betas"], settings["eps"]) == (th.optim.Adam, (0.9, 0.999), 1e-8)
     assert not policy.value_net.weight.any()
 
 
+def test_glorot_initialisation():
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, net_arch=[32, 32], ortho_init=False)
+    for layer in [*policy.mlp_extractor.policy_net[::2], policy.action_net]:
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert 0.7 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.25)
+        assert not layer.bias.any()
+
+
 def test_orthogonal_initialisation_is_sb3s():
-    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, ortho_init=True)
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, net_arch=[32, 32], ortho_init=True)
     weight = policy.mlp_extractor.policy_net[2].weight
     th.testing.assert_close(weight @ weight.T, 2 * th.eye(32), rtol=1e-4, atol=1e-4)
 
@@ -146,7 +154,7 @@ def test_the_optimiser_holds_the_actor_and_nothing_else():
 
 
 def test_values_are_the_fitted_baseline():
-    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline="linear")
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(50, 3)).astype(np.float32)
     policy.value_net.fit(baseline_features(policy, [th.as_tensor(observations)]), observations @ [1, 2, 3] + 4)
@@ -160,7 +168,7 @@ def test_values_are_the_fitted_baseline():
 def test_the_baseline_of_images_and_dictionaries_acts_on_extracted_features(policy_class: type, space: str, n_features: int):
     image = spaces.Box(0, 255, (3, 36, 36), dtype=np.uint8)
     observation_space = image if space == "image" else spaces.Dict({"image": image, "vector": VECTOR})
-    policy = policy_class(observation_space, CONTINUOUS, schedule)
+    policy = policy_class(observation_space, CONTINUOUS, schedule, baseline="linear")
     observations = (
         {key: np.stack([sub.sample() for _ in range(4)]) for key, sub in observation_space.items()}
         if space == "dict"
@@ -171,7 +179,7 @@ def test_the_baseline_of_images_and_dictionaries_acts_on_extracted_features(poli
 
 def test_a_vf_architecture_is_ignored_with_a_warning():
     with pytest.warns(UserWarning, match="'vf' is ignored"):
-        policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, net_arch=dict(pi=[7], vf=[5]))
+        policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline="linear", net_arch=dict(pi=[7], vf=[5]))
     assert policy.mlp_extractor.latent_dim_pi == 7
     assert policy.mlp_extractor.latent_dim_vf == 3
 
@@ -180,12 +188,12 @@ def test_chunks_of_images_are_small_and_batch_normalisation_sees_everything():
     assert chunk_size(MlpPolicy(VECTOR, CONTINUOUS, schedule)) > 1e4
     assert 50 < chunk_size(CnnPolicy(spaces.Box(0, 255, (4, 84, 84), dtype=np.uint8), CONTINUOUS, schedule)) < 100
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
-    policy.mlp_extractor.policy_net.append(nn.BatchNorm1d(32))
+    policy.mlp_extractor.policy_net.append(nn.BatchNorm1d(policy.mlp_extractor.latent_dim_pi))
     assert chunk_size(policy) > 1e18
 
 
 def test_what_the_baseline_is_asked_about_is_kept_for_a_while():
-    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline="linear")
     observations = th.randn(7, 3)
     with baseline_inputs(policy) as kept:
         policy.predict_values(observations)

@@ -60,7 +60,7 @@ class TestNetwork:
     @pytest.mark.parametrize(
         "net_arch, hidden",
         [
-            (None, [32, 32]),
+            (None, [64, 64]),
             ([], []),
             ([4], [4]),
             ([4, 6], [4, 6]),
@@ -81,7 +81,7 @@ class TestNetwork:
     @pytest.mark.parametrize("net_arch", [dict(pi=[8], vf=[8]), dict(vf=[8])], ids=str)
     def test_a_critic_in_net_arch_is_ignored_with_a_warning(self, net_arch):
         with pytest.warns(UserWarning, match="'vf' is ignored"):
-            model = make_model(policy_kwargs=dict(net_arch=net_arch))
+            model = make_model(baseline="linear", policy_kwargs=dict(net_arch=net_arch))
         assert model.policy.value_net.in_features == 3
         check_learns(model)
 
@@ -113,16 +113,16 @@ class TestNetwork:
             expected, _ = model.predict(model.rollout_buffer.observations, deterministic=True)
             np.testing.assert_allclose(model.rollout_buffer.actions, expected, atol=1e-5)
 
-    def test_orthogonal_initialisation_is_that_of_sb3(self):
-        policy = make_model(policy_kwargs=dict(ortho_init=True)).policy
+    def test_the_initialisation_is_that_of_sb3_by_default(self):
+        policy = make_model().policy
         hidden = policy.mlp_extractor.policy_net[0].weight.detach()
         th.testing.assert_close(hidden.T @ hidden, 2 * th.eye(3))
         output = policy.action_net.weight.detach()
         th.testing.assert_close(output @ output.T, 1e-4 * th.eye(2))
         assert not policy.action_net.bias.any()
 
-    def test_the_initialisation_is_glorots_by_default(self):
-        policy = make_model(policy_kwargs=dict(net_arch=[50, 50])).policy
+    def test_the_initialisation_is_glorots_if_it_is_not_orthogonal(self):
+        policy = make_model(policy_kwargs=dict(net_arch=[50, 50], ortho_init=False)).policy
         for layer in (*policy.mlp_extractor.policy_net, policy.action_net):
             if isinstance(layer, nn.Linear):
                 bound = np.sqrt(6 / (layer.in_features + layer.out_features))
@@ -225,7 +225,8 @@ class TestFeaturesExtractor:
         assert not th.equal(before, parameters(model.policy.features_extractor))
 
     def test_the_baseline_is_fitted_to_the_features_as_they_are_after_the_update(self):
-        model = make_model(policy_kwargs=dict(features_extractor_class=SmallExtractor), n_steps=100).learn(1)
+        kwargs = dict(features_extractor_class=SmallExtractor)
+        model = make_model(baseline="linear", policy_kwargs=kwargs, n_steps=100).learn(1)
         policy, buffer = model.policy, model.rollout_buffer
         with th.no_grad():
             features = policy.features_extractor(th.as_tensor(buffer.observations)).double().numpy()
@@ -313,7 +314,7 @@ class TestCustomPolicy:
 
     @pytest.mark.parametrize("action_space", [PAIR, CHOICE, spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)], ids=str)
     @pytest.mark.parametrize("n_envs", [1, 3])
-    @pytest.mark.parametrize("baseline", ["linear", None])
+    @pytest.mark.parametrize("baseline", ["linear", "random", None])
     def test_of_the_documentation_of_sb3(self, action_space, n_envs, baseline):
         model = make_model(DocumentationPolicy, action_space, n_envs, baseline=baseline)
         assert model.policy.value_net.in_features == 12
@@ -323,24 +324,38 @@ class TestCustomPolicy:
         assert th.equal(critic, parameters(model.policy.mlp_extractor.value_net))
         assert bool(model.policy.value_net.weight.any()) == (baseline is not None)
 
-    def test_of_the_documentation_of_sb3_is_saved_with_the_model_and_alone(self, tmp_path):
+    @staticmethod
+    def check_same(policy, other):
+        np.testing.assert_array_equal(*(one.predict(OBSERVATIONS, deterministic=True)[0] for one in (policy, other)))
+        with th.no_grad():
+            values = [one.predict_values(th.as_tensor(OBSERVATIONS)) for one in (policy, other)]
+        th.testing.assert_close(*values, check_dtype=False)
+
+    def test_of_the_documentation_of_sb3_is_saved_with_the_model(self, tmp_path):
         model = make_model(DocumentationPolicy).learn(50)
         model.save(tmp_path / "model")
-        model.policy.save(tmp_path / "policy")
         loaded = REINFORCE.load(tmp_path / "model", env=model.get_env())
-        for policy in (loaded.policy, DocumentationPolicy.load(tmp_path / "policy")):
-            np.testing.assert_array_equal(
-                *(one.predict(OBSERVATIONS, deterministic=True)[0] for one in (model.policy, policy))
-            )
-            with th.no_grad():
-                values = [one.predict_values(th.as_tensor(OBSERVATIONS)) for one in (model.policy, policy)]
-            th.testing.assert_close(*values, check_dtype=False)
+        self.check_same(model.policy, loaded.policy)
         assert loaded.learn(1)._n_updates == model._n_updates + 1
+
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            dict(baseline_memory=0.0),
+            # Its own class has a plain linear layer, in which there is no room for the memory
+            pytest.param({}, marks=pytest.mark.xfail(raises=RuntimeError, strict=True)),
+        ],
+        ids=str,
+    )
+    def test_of_the_documentation_of_sb3_is_saved_alone(self, tmp_path, kwargs):
+        model = make_model(DocumentationPolicy, **kwargs).learn(50)
+        model.policy.save(tmp_path / "policy")
+        self.check_same(model.policy, DocumentationPolicy.load(tmp_path / "policy"))
 
     def test_of_sb3_itself_learns(self):
         check_learns(make_model(ActorCriticPolicy))
 
-    @pytest.mark.parametrize("kwargs", [dict(baseline="random"), dict(normalize_observations=True)], ids=str)
+    @pytest.mark.parametrize("kwargs", [dict(baseline="quadratic"), dict(normalize_observations=True)], ids=str)
     def test_of_sb3_itself_has_no_feature_maps_of_ours(self, kwargs):
         (name,) = kwargs
         with pytest.raises(ValueError, match=f"{name} must be .* with ActorCriticPolicy"):
@@ -461,8 +476,9 @@ class TestTrainAndEvaluationMode:
     @staticmethod
     def statistics(model):
         policy = model.policy
-        norms = (policy.pi_features_extractor.batch_norm, policy.vf_features_extractor.batch_norm)
-        return [deepcopy(dict(norm.state_dict())) for norm in norms]
+        extractors = (policy.pi_features_extractor, policy.vf_features_extractor)
+        # Behind the observation normaliser
+        return [deepcopy(dict(extractor.extractor.batch_norm.state_dict())) for extractor in extractors]
 
     def test_learning_changes_the_statistics_once_an_update(self, model):
         (before, _), _ = self.statistics(model), model.learn(1)

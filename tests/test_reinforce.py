@@ -1,6 +1,7 @@
 """The algorithm: against the article's, written out once more; its update; its seeds; its arguments; its model files."""
 
 from copy import deepcopy
+from inspect import signature
 from typing import Any
 
 import gymnasium as gym
@@ -11,8 +12,10 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from sb3_reinforce import REINFORCE, MlpPolicy, policies
 from sb3_reinforce.baselines import LinearBaseline
@@ -52,6 +55,19 @@ class Rollouts(BaseCallback):
         policy = self.model.policy
         self.gradients.append(np.concatenate([p.grad.numpy().ravel().copy() for p in policy.parameters()]))
         self.baselines.append(np.append(policy.value_net.weight.numpy(), policy.value_net.bias.numpy()))
+
+
+#: The settings of the article, but for the size of its batches
+ARTICLE: dict[str, Any] = dict(
+    gamma=0.97,
+    learning_rate=1e-3,
+    target_kl=None,
+    final_log_std=None,
+    baseline="linear",
+    baseline_memory=0.0,
+    normalize_observations=False,
+    policy_kwargs=dict(net_arch=[32, 32], ortho_init=False, log_std_init=0.0),
+)
 
 
 class Article:
@@ -99,7 +115,7 @@ class Article:
 def test_is_the_articles_algorithm():
     """Both see the same episodes; four batches in a row, so that every later step rests on the earlier ones."""
     rollouts = Rollouts()
-    model = REINFORCE("MlpPolicy", LANDER, n_steps=500, seed=3)
+    model = REINFORCE("MlpPolicy", LANDER, n_steps=500, seed=3, **ARTICLE)
     article = Article(model.policy)
     model.learn(2000, callback=rollouts)
     assert len(rollouts.buffers) >= 4
@@ -111,12 +127,16 @@ def test_is_the_articles_algorithm():
         np.testing.assert_allclose(baseline, coefficients, rtol=1e-5, atol=1e-5)
 
 
-def test_defaults_are_the_articles():
+def test_defaults():
     model = REINFORCE("MlpPolicy", LANDER)
-    assert (model.n_steps, model.n_episodes, model.gamma, model.learning_rate) == (3000, None, 0.97, 1e-3)
-    assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("linear", 0.0, True)
-    assert (model.bootstrap_timeouts, model.normalize_observations) == (False, False)
-    assert (model.ent_coef, model.max_grad_norm) == (0.0, None)
+    assert (model.n_steps, model.n_episodes, model.gamma) == (2000, None, 0.99)
+    np.testing.assert_allclose([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], [5e-3, 2.5e-3, 0])
+    assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("random", 0.85, True)
+    assert (model.bootstrap_timeouts, model.normalize_observations) == (False, True)
+    assert (model.ent_coef, model.max_grad_norm, model.target_kl, model.final_log_std) == (0.0, None, 0.01, -1.5)
+    # A policy that is made without the algorithm is the same
+    for name in ("baseline", "baseline_memory", "normalize_observations"):
+        assert signature(MlpPolicy).parameters[name].default == getattr(model, name) == getattr(model.policy, name)
     assert model.get_env().get_attr("render_mode") == [None]
 
 
@@ -154,6 +174,8 @@ class TestUpdate:
         """On images, whose features change with every update: whichever pass over them the features come from."""
         space = spaces.Dict(image=spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8), vector=spaces.Box(-1, 1, (3,)))
         seen = []
+        # Remembers what the baseline of the policy should
+        expected_fit: list[LinearBaseline] = []
 
         class Values(BaseCallback):
             def _on_step(self) -> bool:
@@ -173,7 +195,10 @@ class TestUpdate:
             def check_fit(self) -> None:
                 policy, buffer = self.model.policy, self.model.rollout_buffer
                 features = policies.baseline_features(policy, buffer.observation_chunks(10**9))
-                expected = LinearBaseline(features.shape[1], ridge=1e-3, truncate=True)
+                if not expected_fit:
+                    memory = self.model.baseline_memory
+                    expected_fit.append(LinearBaseline(features.shape[1], ridge=1e-3, memory=memory, truncate=True))
+                (expected,) = expected_fit
                 expected.fit(features, buffer.returns)
                 np.testing.assert_allclose(
                     policy.value_net(th.as_tensor(features)), expected(th.as_tensor(features)), rtol=1e-3, atol=1e-3
@@ -198,8 +223,8 @@ class TestUpdate:
 
     def test_the_entropy_bonus_raises_the_entropy(self):
         def entropy_loss(ent_coef: float) -> float:
-            model = REINFORCE("MlpPolicy", "Pendulum-v1", n_steps=200, seed=0, ent_coef=ent_coef, learning_rate=1e-2)
-            model.learn(2000)
+            kwargs = dict(n_steps=200, learning_rate=1e-2, target_kl=None, final_log_std=None, seed=0)
+            model = REINFORCE("MlpPolicy", "Pendulum-v1", ent_coef=ent_coef, **kwargs).learn(4000)
             return model.logger.name_to_value["train/entropy_loss"]
 
         assert entropy_loss(1.0) < entropy_loss(0.0) - 0.05
@@ -215,14 +240,16 @@ class TestUpdate:
                 return observation, 1.0, *rest
 
         for lengths, n_steps in ([1], 1), ([1], 50):
-            model = REINFORCE("MlpPolicy", Constant(lengths), n_steps=n_steps, seed=0)
-            before = weights(model)[:-4]
+            model = REINFORCE("MlpPolicy", Constant(lengths), n_steps=n_steps, final_log_std=None, seed=0)
+            before = model.policy.parameters_to_vector()
             model.learn(3 * n_steps)
-            np.testing.assert_array_equal(weights(model)[:-4], before)
+            np.testing.assert_array_equal(model.policy.parameters_to_vector(), before)
             np.testing.assert_allclose(model.policy.value_net.bias, [1.0])
 
     def test_the_baseline_of_a_batch_is_the_fit_to_the_one_before(self):
-        model = REINFORCE("MlpPolicy", LANDER, n_steps=300, seed=0)
+        model = REINFORCE(
+            "MlpPolicy", LANDER, n_steps=300, seed=0, baseline="linear", baseline_memory=0.0, normalize_observations=False
+        )
         model.learn(300)
         assert not model.rollout_buffer.values.any()
         earlier = model.rollout_buffer.observations.copy(), model.rollout_buffer.returns.copy()
@@ -257,7 +284,10 @@ class TestUpdate:
         np.testing.assert_allclose(values.mean().item(), model.rollout_buffer.returns.mean(), rtol=1e-4)
 
     def test_a_gradient_that_is_not_finite_is_not_applied(self):
-        model = REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8, normalize_advantage=False, baseline=None, seed=0)
+        # Not the default schedule, which is at 0 when the only update is made
+        model = REINFORCE(
+            "MlpPolicy", ScriptedEnv([4]), n_steps=8, learning_rate=1e-3, normalize_advantage=False, baseline=None, seed=0
+        )
         model.env.envs[0].unwrapped.spoil = lambda what, episode, step, value: 3e38 if what == "reward" else value
         before = weights(model)
         with pytest.raises(ValueError, match="gradient of update 1 is not finite"):
@@ -278,7 +308,7 @@ class TestUpdate:
         class Normed(MlpPolicy):
             def _build_mlp_extractor(self) -> None:
                 super()._build_mlp_extractor()
-                self.mlp_extractor.policy_net.append(nn.BatchNorm1d(32))
+                self.mlp_extractor.policy_net.append(nn.BatchNorm1d(self.mlp_extractor.latent_dim_pi))
 
         rate = [1e-3]
         model = REINFORCE(Normed, ScriptedEnv([4, 5]), n_steps=8, learning_rate=lambda _: rate[0], seed=0).learn(16)
@@ -293,6 +323,74 @@ class TestUpdate:
                 assert th.equal(after["policy.optimizer"]["state"][index][name], value)
         assert all(th.equal(after["policy"][name], value) for name, value in before["policy"].items())
 
+    @pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
+    def test_no_step_is_longer_than_target_kl(self, env: str):
+        def measured(target_kl: float | None) -> tuple[list[float], np.ndarray]:
+            divergences = []
+
+            class Divergence(BaseCallback):
+                def _on_step(self) -> bool:
+                    return True
+
+                def _on_rollout_start(self) -> None:
+                    divergences.append(self.logger.name_to_value["train/approx_kl"])
+
+            model = REINFORCE("MlpPolicy", env, n_steps=400, learning_rate=0.03, target_kl=target_kl, seed=0)
+            after = weights(model.learn(2400, callback=Divergence()))
+            return divergences[1:], after
+
+        free, unlimited = measured(None)
+        limited, weights_limited = measured(1e-3)
+        assert max(free) > 1e-2
+        assert len(limited) >= 4 and 1e-4 < min(limited) and max(limited) <= 1e-3
+        # A limit that is out of reach changes nothing
+        np.testing.assert_array_equal(measured(1e3)[1], unlimited)
+        assert not np.allclose(weights_limited, unlimited)
+
+    def test_a_step_that_is_shortened_keeps_its_direction(self):
+        def step(target_kl: float | None) -> np.ndarray:
+            model = REINFORCE("MlpPolicy", "Pendulum-v1", n_steps=400, learning_rate=0.03, target_kl=target_kl, seed=0)
+            before = parameters_to_vector(model.policy.parameters()).detach().numpy()
+            return parameters_to_vector(model.learn(1).policy.parameters()).detach().numpy() - before
+
+        whole, shortened = step(None), step(1e-3)
+        share = np.linalg.norm(shortened) / np.linalg.norm(whole)
+        assert share < 0.9
+        np.testing.assert_allclose(shortened, share * whole, rtol=0.01, atol=1e-5)
+
+    def test_noise_falls_at_least_as_fast_as_asked_for(self):
+        def noise(final_log_std: float | None, learning_rate: float = 0.0) -> np.ndarray:
+            values = []
+
+            class Noise(BaseCallback):
+                def _on_step(self) -> bool:
+                    return True
+
+                def _on_rollout_start(self) -> None:
+                    values.append(self.model.policy.log_std.detach().numpy().copy())
+
+            kwargs = dict(
+                learning_rate=learning_rate, final_log_std=final_log_std, seed=0, policy_kwargs=dict(log_std_init=-0.5)
+            )
+            REINFORCE("MlpPolicy", "Pendulum-v1", n_steps=400, **kwargs).learn(2000, callback=Noise())
+            return np.concatenate(values)
+
+        np.testing.assert_array_equal(noise(None), [-0.5] * 5)
+        np.testing.assert_array_equal(noise(0.5), [-0.5] * 5)
+        # The line starts at the first update, which has the whole of training before it
+        np.testing.assert_allclose(noise(-2.5), [-0.5, -0.5, -0.9, -1.3, -1.7], rtol=1e-6)
+        assert np.all(noise(-0.6, learning_rate=0.1)[2:] < np.array([-0.52, -0.54, -0.56]) + 1e-6)
+
+    @pytest.mark.parametrize(
+        "env, kwargs", [("CartPole-v1", {}), ("Pendulum-v1", dict(use_sde=True, policy_kwargs=dict(log_std_init=-0.5)))]
+    )
+    def test_distributions_that_are_not_gaussian_have_no_such_limit(self, env: str, kwargs: dict[str, Any]):
+        one, other = (
+            weights(REINFORCE("MlpPolicy", env, n_steps=200, seed=0, final_log_std=final, **kwargs).learn(600))
+            for final in (-5.0, None)
+        )
+        np.testing.assert_array_equal(one, other)
+
     @pytest.mark.parametrize("rate", [np.nan, -1.0, np.inf])
     def test_a_schedule_that_gives_no_learning_rate_is_refused(self, rate: float):
         with pytest.raises(ValueError, match=r"learning_rate must be finite .* progress_remaining=1.0"):
@@ -300,20 +398,26 @@ class TestUpdate:
         model = REINFORCE(
             "MlpPolicy", ScriptedEnv([4]), n_steps=8, learning_rate=lambda progress: 0.1 if progress == 1 else rate, seed=0
         )
-        before = weights(model)
-        with pytest.raises(ValueError, match=r"learning_rate must be finite .* progress_remaining=0.0"):
-            model.learn(8)
+        before = weights(model.learn(8))
+        with pytest.raises(ValueError, match=r"learning_rate must be finite .* progress_remaining=0.5"):
+            model.learn(8, reset_num_timesteps=False)
         np.testing.assert_array_equal(weights(model), before)
 
-    def test_schedules_end_at_zero_although_episodes_overshoot(self):
-        rates = []
+    def test_a_schedule_counts_the_steps_before_the_batch(self):
+        """Its beginning is for the first update, and no update has the 0 at its end, however long the last episodes are."""
+        rates: list[float] = []
 
-        def schedule(progress: float) -> float:
-            rates.append(progress)
-            return 1e-3 * progress
+        class Rates(BaseCallback):
+            def _on_step(self) -> bool:
+                return True
 
-        REINFORCE("MlpPolicy", ScriptedEnv([7]), n_steps=10, learning_rate=schedule).learn(20)
-        assert min(rates) == 0
+            def _on_rollout_start(self) -> None:
+                rates.append(self.model.policy.optimizer.param_groups[0]["lr"])
+
+        model = REINFORCE("MlpPolicy", ScriptedEnv([7]), n_steps=10, learning_rate=LinearSchedule(1e-3, 0.0, 1.0))
+        model.learn(30, callback=Rates())
+        rates.append(model.policy.optimizer.param_groups[0]["lr"])
+        assert rates[1:] == pytest.approx([1e-3, 1e-3 * (1 - 14 / 30), 1e-3 * (1 - 28 / 30)])
 
 
 class TestSeeds:
@@ -357,7 +461,8 @@ class TestModels:
     def test_parameters_that_do_not_fit_change_nothing(self, tmp_path: Any):
         big = REINFORCE("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[32, 16]))
         big.save(tmp_path / "big")
-        model = REINFORCE("MlpPolicy", "CartPole-v1")
+        # The first layer would fit
+        model = REINFORCE("MlpPolicy", "CartPole-v1", policy_kwargs=dict(net_arch=[32, 32]))
         before = weights(model)
         with pytest.raises(RuntimeError, match="size mismatch"):
             model.set_parameters(tmp_path / "big")

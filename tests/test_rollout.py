@@ -182,7 +182,7 @@ def test_rewards_are_those_of_the_steps():
 
 
 def test_stored_actions_are_the_unclipped_ones():
-    recorder, _ = collect(scripted([[50]]), n_steps=50, seed=0)
+    recorder, _ = collect(scripted([[50]]), n_steps=50, seed=0, policy_kwargs=dict(log_std_init=0.0))
     (rollout,) = recorder.rollouts
     assert np.abs(rollout["actions"]).max() > 1
     np.testing.assert_array_equal(rollout["actions"], [step["actions"][0] for step in recorder.steps])
@@ -195,7 +195,8 @@ def test_stored_actions_are_the_unclipped_ones():
 def test_bootstrapping_adds_the_discounted_value_of_the_terminal_observation_at_time_outs_only(policy: str, bootstrap: bool):
     truncated = policy == "truncated"
     env = scripted([[4], [2]], truncated=truncated)
-    recorder, model = collect(env, n_rollouts=1, n_steps=2, gamma=0.9, bootstrap_timeouts=bootstrap)
+    raw = dict(baseline="linear", normalize_observations=False)
+    recorder, model = collect(env, n_rollouts=1, n_steps=2, gamma=0.9, bootstrap_timeouts=bootstrap, **raw)
     model.policy.value_net.weight[:] = 1.0  # the value is then the sum of the observation
     model.policy.value_net.bias[:] = 0.5
     model.baseline = None  # keeps these weights
@@ -274,7 +275,9 @@ class TestBadEnvironments:
         spoilt = at(what, 2, step, value)
         # Episode 0 ends with the reset of the rollout: the first of the rollout has number 1 here
         envs = [ScriptedEnv([4]), ScriptedEnv([4], spoil=spoilt)]
-        model = REINFORCE("MlpPolicy", DummyVecEnv([lambda: envs[0], lambda: envs[1]]), n_steps=8, seed=0)
+        vec_env = DummyVecEnv([lambda: envs[0], lambda: envs[1]])
+        # The default schedule is at 0 when the only update is made
+        model = REINFORCE("MlpPolicy", vec_env, n_steps=8, seed=0, learning_rate=1e-3)
         before = self.weights(model)
         with pytest.raises(ValueError, match=f"Environment 1 returned the {what} .*(nan|inf).* at {place}"):
             model.learn(16)
@@ -292,7 +295,8 @@ class TestBadEnvironments:
     def test_a_step_that_raises_is_named(self, seed: int | None):
         error = OSError("lost the robot")
         envs = [ScriptedEnv([4]), ScriptedEnv([4], spoil=at("reward", 1, 3, error))]
-        model = REINFORCE("MlpPolicy", DummyVecEnv([lambda: envs[0], lambda: envs[1]]), n_steps=8, seed=seed)
+        vec_env = DummyVecEnv([lambda: envs[0], lambda: envs[1]])
+        model = REINFORCE("MlpPolicy", vec_env, n_steps=8, seed=seed, learning_rate=1e-3)
         envs[1].episode += seed is None  # a seeded model resets once more
         before = self.weights(model)
         with pytest.raises(

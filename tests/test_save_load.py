@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -27,10 +28,14 @@ class OwnBuffer(EpisodeRolloutBuffer):
     """A rollout buffer of the user's."""
 
 
+class OwnPolicy(MlpPolicy):
+    """A subclass of the policies here."""
+
+
 CONFIGURATIONS = {
     "default": {},
     "quadratic_with_memory": dict(baseline="quadratic", baseline_memory=0.5),
-    "random_normalised": dict(baseline="random", normalize_observations=True),
+    "linear": dict(baseline="linear", baseline_memory=0.0, normalize_observations=False),
     "no_baseline": dict(baseline=None),
     "gsde": dict(use_sde=True, policy_kwargs=dict(full_std=False, squash_output=True)),
     "n_episodes": dict(n_steps=None, n_episodes=5, max_grad_norm=0.5, learning_rate=lambda progress: 1e-2 * progress),
@@ -124,6 +129,39 @@ class TestModel:
         assert policy.value_net.count == trained.policy.value_net.count > 16
         assert th.equal(policy.value_net.scatter, trained.policy.value_net.scatter)
 
+    @pytest.mark.parametrize("given", [None, False], ids=str)
+    @pytest.mark.parametrize("policy", ["MlpPolicy", OwnPolicy, ActorCriticPolicy])
+    def test_keeps_whether_observations_are_normalised(self, tmp_path, policy, given):
+        """None, the default, is decided once: the model says True or False from then on."""
+        kwargs = dict(n_steps=16, normalize_observations=given)
+        model = REINFORCE(policy, random_env(), **kwargs).learn(50)
+        model.save(tmp_path / "model")
+        loaded = REINFORCE.load(tmp_path / "model", env=random_env())
+        expected = given is None and policy is not ActorCriticPolicy
+        for one in (model, loaded, loaded.learn(50)):
+            assert one.normalize_observations is expected
+            assert hasattr(one.policy, "observation_normalizer") == expected
+        assert REINFORCE(policy, None, _init_setup_model=False, **kwargs).normalize_observations is expected
+
+    def test_of_a_policy_of_sb3_with_all_defaults_learns_and_acts_as_before(self, tmp_path):
+        model = REINFORCE(ActorCriticPolicy, random_env(), seed=0)
+        before = deepcopy(model.policy.state_dict())
+        model.learn(2 * model.n_steps)
+        assert model._n_updates == 2
+        for name in ("action_net.weight", "mlp_extractor.policy_net.0.weight", "log_std", "value_net.weight"):
+            assert not th.equal(model.policy.state_dict()[name], before[name].to(model.policy.state_dict()[name])), name
+        model.save(tmp_path / "model")
+        loaded = REINFORCE.load(tmp_path / "model", env=random_env())
+        assert_same_parameters(model, loaded)
+        np.testing.assert_array_equal(*(one.predict(OBSERVATIONS, deterministic=True)[0] for one in (model, loaded)))
+        with th.no_grad():
+            assert th.equal(*(one.policy.predict_values(th.as_tensor(OBSERVATIONS)) for one in (model, loaded)))
+        # The memory of the baseline goes on as well
+        for one in (model, loaded):
+            one.set_env(random_env())
+            one.learn(1, reset_num_timesteps=False)
+        assert_same_parameters(model, loaded)
+
     def test_keeps_hyperparameters_and_counters(self, tmp_path):
         given = dict(
             n_steps=None,
@@ -149,9 +187,10 @@ class TestModel:
     @pytest.mark.parametrize("kwargs", [pytest.param(kwargs, id=name) for name, kwargs in CONFIGURATIONS.items()])
     @pytest.mark.parametrize("n_envs", [1, 3])
     def test_learns_on_as_if_it_had_never_been_saved(self, tmp_path, kwargs, n_envs):
+        # Schedules depend on the total number of steps, which is another when it comes in two parts
+        kwargs = kwargs | dict(final_log_std=None)
         if callable(kwargs.get("learning_rate")):
-            # A schedule depends on the total number of steps, which is another when it comes in two parts
-            kwargs = kwargs | dict(learning_rate=1e-2)
+            kwargs["learning_rate"] = 1e-2
         whole = make_model(n_envs, **kwargs).learn(200)
         half = make_model(n_envs, **kwargs).learn(50)
         half.save(tmp_path / "model")
@@ -524,7 +563,8 @@ class TestPolicyAlone:
 
 def test_a_checkpoint_taken_within_an_episode_resumes_bit_for_bit(tmp_path):
     def make():
-        return REINFORCE("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_steps=50, seed=0)
+        # Not a schedule, which depends on the total number of steps
+        return REINFORCE("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_steps=50, seed=0, learning_rate=1e-2)
 
     def save_once(locals_, globals_):
         if locals_["self"].num_timesteps == 250:

@@ -120,7 +120,8 @@ def test_learning_is_the_same_as_with_dummy_vec_env():
     weights = []
     for vec_env_cls in (EpisodeVecEnv, DummyVecEnv):
         env = make_vec_env("CartPole-v1", n_envs=3, vec_env_cls=vec_env_cls)
-        model = REINFORCE("MlpPolicy", env, n_steps=60, seed=0)
+        # Not the default schedule, which is at 0 at the end of each call of learn()
+        model = REINFORCE("MlpPolicy", env, n_steps=60, seed=0, learning_rate=1e-3)
         for _ in range(3):
             model.learn(1, reset_num_timesteps=False)
         weights.append(np.concatenate([value.numpy().ravel() for value in model.policy.state_dict().values()]))

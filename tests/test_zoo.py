@@ -6,6 +6,7 @@ import sys
 import zipfile
 from argparse import Namespace
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ ENTRIES = yaml.safe_load((CONFIGS / "reinforce.yml").read_text())
 FIRST_RUN = Path("logs", "reinforce", f"{ENV}_1")
 MODEL = FIRST_RUN / f"{ENV}.zip"
 #: Batches of about 400 transitions
-SHORT = ["-n", "1200", "-params", "n_steps:100", "--eval-episodes", "2"]
+SHORT = ["-n", "1200", "--eval-episodes", "2", "-params", "n_steps:100"]
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +53,10 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A working folder in which one model has been trained from the command line, and what was printed."""
     folder = tmp_path_factory.mktemp("work")
+    # After the -params that SHORT ends with
+    params = ["n_envs:4", "learning_rate:'lin_5e-3'", "baseline:'quadratic'"]
     options = ["--eval-freq", "400", "--save-freq", "500", "-tb", "tensorboard", "-P", "--seed", "1"]
-    printed = python(folder, "-m", "sb3_reinforce.zoo", "train", "--env", ENV, *SHORT, *options).stdout
+    printed = python(folder, "-m", "sb3_reinforce.zoo", "train", "--env", ENV, *options, *SHORT, *params).stdout
     return folder, printed
 
 
@@ -90,7 +93,7 @@ def test_trains_from_any_folder(trained: tuple[Path, str]):
     assert "100% ━" in printed and f" {steps:,}/1,200 " in printed
     run_folder = folder / FIRST_RUN
     config = yaml.unsafe_load((run_folder / ENV / "config.yml").read_text())
-    assert (config["n_steps"], config["learning_rate"], config["baseline"]) == (100, "lin_5e-3", "random")
+    assert (config["n_steps"], config["learning_rate"], config["baseline"]) == (100, "lin_5e-3", "quadratic")
     assert (run_folder / "best_model.zip").exists()
     assert list(run_folder.glob("rl_model_*_steps.zip"))
     assert len(np.load(run_folder / "evaluations.npz")["timesteps"]) >= 2
@@ -204,7 +207,7 @@ def test_training_environments_are_the_fast_ones(tmp_path: Path):
     env = experiment(tmp_path).env
     assert type(env) is EpisodeVecEnv
     # With a render mode, this environment draws every frame
-    assert env.get_attr("render_mode") == [None] * 4
+    assert env.get_attr("render_mode") == [None]
     subproc = experiment(tmp_path, vec_env_type="subproc").env
     assert type(subproc) is SubprocVecEnv
     subproc.close()
@@ -230,10 +233,11 @@ def test_every_entry_builds_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_general_recipe(tmp_path: Path):
+    """It is the one-liner's."""
     model = experiment(tmp_path, "MountainCar-v0")
-    assert (model.n_envs, model.n_steps, model.gamma, model.learning_rate(1.0)) == (4, 750, 0.99, 5e-3)
-    assert (model.baseline, model.baseline_memory, model.normalize_observations) == ("random", 0.7, True)
-    assert model.policy_kwargs == dict(net_arch=[64, 64], log_std_init=-0.75)
+    one_liner = REINFORCE("MlpPolicy", "MountainCar-v0")
+    for name in signature(REINFORCE).parameters.keys() - {"policy", "env", "verbose", "seed", "device", "_init_setup_model"}:
+        assert str(getattr(model, name.replace("stats", "_stats"))) == str(getattr(one_liner, name.replace("stats", "_stats")))
 
 
 def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -244,6 +248,7 @@ def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert model.n_steps == 3001
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3] * 3
     assert (model.ent_coef, model.max_grad_norm, model.use_sde) == (0.0, None, False)
+    assert (model.target_kl, model.final_log_std) == (None, None)
     assert (model.normalize_advantage, model.normalize_observations, model.bootstrap_timeouts) == (True, False, False)
     assert (model.baseline, model.baseline_memory) == ("linear", 0.0)
     # The guard against episodes without end is out of reach
@@ -314,7 +319,7 @@ sb3_reinforce.zoo.register()
 sys.argv = ["train", "--algo", "reinforce", "--env", "CartPole-v1", "-n", "100", "--eval-freq", "-1", "-params", "n_steps:20"]
 train()
 """
-    assert "Using 4 environments" in python(tmp_path, "-c", script).stdout
+    assert f"Loading hyperparameters from: {CONFIGS / 'reinforce.yml'}" in python(tmp_path, "-c", script).stdout
     assert (tmp_path / "logs" / "reinforce" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
 
 
