@@ -210,6 +210,7 @@ class TestUpdate:
             "MultiInputPolicy",
             env,
             n_steps=30,
+            learning_rate=1e-3,
             seed=0,
             normalize_observations=normalize_observations,
             policy_kwargs=policy_kwargs,

@@ -343,6 +343,7 @@ def test_search_space(env: str, n_actions: int):
         assert schedule == rate or schedule(1.0) == float(rate.removeprefix("lin_"))
         assert sampled == converted
         assert ("log_std_init" in converted["policy_kwargs"]) == (n_actions > 0)
+        assert ("final_log_std" in converted) == (n_actions > 0)
         REINFORCE("MlpPolicy", env, learning_rate=schedule, **sampled)
         return 0.0
 
