@@ -33,6 +33,7 @@ from sb3_reinforce.policies import (
     baseline_features,
     baseline_inputs,
     chunk_size,
+    depends_on_mode,
     install_baseline,
 )
 from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
@@ -339,13 +340,20 @@ class REINFORCE(OnPolicyAlgorithm):
             self.policy.set_training_mode(True)
             self._update_learning_rate(self.policy.optimizer)
             policy_loss, entropy_loss, log_prob, grad_norm = self._compute_gradient()
-            self.policy.optimizer.step()
-            # Evaluation mode: a look at the new policy must not change the statistics of batch norm
+            # Evaluation mode: a look at the policy must not change the statistics of batch norm
             self.policy.set_training_mode(False)
-            new_log_prob, features = self._look_at_new_policy()
-            while self.target_kl is not None and (kl := approximate_kl(log_prob, new_log_prob)) > self.target_kl:
-                self._shorten_step(start, min(math.sqrt(self.target_kl / kl), 0.9))
-                new_log_prob, features = self._look_at_new_policy()
+            if depends_on_mode(self.policy):
+                log_prob, _ = self._look_at_policy()
+            self.policy.optimizer.step()
+            new_log_prob, features = self._look_at_policy()
+            target, left = math.inf if self.target_kl is None else self.target_kl, 1.0
+            # A policy that is never the same twice gets no closer, however short the step
+            while (kl := approximate_kl(log_prob, new_log_prob)) > target and left > 1e-3:
+                # The divergence is quadratic in the length of small steps
+                share = min(math.sqrt(target / kl), 0.9)
+                self._shorten_step(start, share)
+                left *= share
+                new_log_prob, features = self._look_at_policy()
         except ValueError:
             super().set_parameters(before)  # type: ignore[arg-type]
             raise
@@ -358,7 +366,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.logger.record("train/policy_gradient_loss", policy_loss)
         self.logger.record("train/entropy_loss", entropy_loss)
         self.logger.record("train/grad_norm", grad_norm)
-        self.logger.record("train/approx_kl", approximate_kl(log_prob, new_log_prob))
+        self.logger.record("train/approx_kl", kl)
         self.logger.record("train/advantage_std", advantage_std)
         self.logger.record("train/explained_variance", explained_variance(values, returns))
         self.logger.record("train/baseline_mse", np.mean((returns - values) ** 2))
@@ -401,10 +409,10 @@ class REINFORCE(OnPolicyAlgorithm):
             )
         return policy_loss, entropy_loss, th.cat(log_probs), grad_norm
 
-    def _look_at_new_policy(self) -> tuple[th.Tensor, np.ndarray | None]:
+    def _look_at_policy(self) -> tuple[th.Tensor, np.ndarray | None]:
         """
-        :return: log-probabilities (n_transitions,) of the batch's actions after the step, and what the baseline is linear in
-            (n_transitions, n_features) if the policy has looked at it on the way
+        :return: log-probabilities (n_transitions,) of the batch's actions, and what the baseline is linear in (n_transitions,
+            n_features) if the policy has looked at it on the way
         :raises ValueError: if a log-probability is not finite
         """
         with th.no_grad(), baseline_inputs(self.policy) as features:

@@ -348,6 +348,34 @@ class TestUpdate:
         np.testing.assert_array_equal(measured(1e3)[1], unlimited)
         assert not np.allclose(weights_limited, unlimited)
 
+    @pytest.mark.parametrize("module", [lambda n: nn.Dropout(0.5), nn.BatchNorm1d])
+    def test_what_training_mode_does_is_no_part_of_the_step(self, module: Any):
+        """Dropout and batch norm alone make for more than the divergence allowed here."""
+
+        class Moody(MlpPolicy):
+            def _build_mlp_extractor(self) -> None:
+                super()._build_mlp_extractor()
+                self.mlp_extractor.policy_net.append(module(self.mlp_extractor.latent_dim_pi))
+
+        def step(target_kl: float | None) -> tuple[float, np.ndarray]:
+            kwargs = dict(n_steps=400, learning_rate=1e-5, target_kl=target_kl, policy_kwargs=dict(log_std_init=-3.0), seed=0)
+            model = REINFORCE(Moody, "Pendulum-v1", **kwargs)
+            with th.no_grad():
+                model.policy.action_net.weight.normal_(std=0.3)
+            before = weights(model)
+            return model.learn(1).logger.name_to_value["train/approx_kl"], weights(model) - before
+
+        kl, taken = step(0.05)
+        assert 0 < kl <= 0.05
+        np.testing.assert_array_equal(taken, step(None)[1])
+
+    def test_a_policy_that_is_never_the_same_twice_is_not_waited_for(self):
+        class Restless(MlpPolicy):
+            def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+                return super()._get_action_dist_from_latent(latent_pi + th.randn_like(latent_pi))
+
+        REINFORCE(Restless, "Pendulum-v1", n_steps=200, target_kl=1e-9, seed=0).learn(200)
+
     def test_a_step_that_is_shortened_keeps_its_direction(self):
         def step(target_kl: float | None) -> np.ndarray:
             model = REINFORCE("MlpPolicy", "Pendulum-v1", n_steps=400, learning_rate=0.03, target_kl=target_kl, seed=0)
