@@ -136,7 +136,7 @@ class REINFORCE(OnPolicyAlgorithm):
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
         learning_rate: float | Schedule = LinearSchedule(5e-3, 0.0, 1.0),
-        n_steps: int | None = _Default(2000),
+        n_steps: int | None = _Default(2800),
         gamma: float = 0.99,
         ent_coef: float = 0.0,
         max_grad_norm: float | None = None,

@@ -129,7 +129,7 @@ def test_is_the_articles_algorithm():
 
 def test_defaults():
     model = REINFORCE("MlpPolicy", LANDER)
-    assert (model.n_steps, model.n_episodes, model.gamma) == (2000, None, 0.99)
+    assert (model.n_steps, model.n_episodes, model.gamma) == (2800, None, 0.99)
     np.testing.assert_allclose([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], [5e-3, 2.5e-3, 0])
     assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("random", 0.85, True)
     assert (model.bootstrap_timeouts, model.normalize_observations) == (False, True)
