@@ -106,10 +106,11 @@ def make_model(
     params: dict[str, Any],
     tensorboard_log: str = "",
     config: str | None = None,
-) -> tuple[Any, int, dict[str, Any]]:
-    """A new model, for how many steps it is to learn, and the settings that it got from its file."""
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """A new model, the arguments for its ``learn()``, and the settings that it got from its file."""
     if algo == "defaults":
-        return REINFORCE("MlpPolicy", env_id, seed=seed, device="cpu", **params), timesteps or 1_000_000, params
+        model = REINFORCE("MlpPolicy", env_id, seed=seed, device="cpu", **params)
+        return model, dict(total_timesteps=timesteps or 1_000_000, callback=[]), params
     import rl_zoo3.exp_manager
 
     import sb3_reinforce.zoo
@@ -132,14 +133,14 @@ def make_model(
         )
         experiment = manager.setup_experiment()
     assert experiment is not None
-    return experiment[0], manager.n_timesteps, dict(experiment[1])
+    return experiment[0], dict(total_timesteps=manager.n_timesteps, callback=manager.callbacks), dict(experiment[1])
 
 
 def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:
     th.set_num_threads(1)
-    model, timesteps, _ = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
+    model, learning, _ = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
     evaluations = Evaluations(arguments.every, arguments.episodes, arguments.until)
-    model.learn(timesteps, callback=evaluations)
+    model.learn(learning["total_timesteps"], callback=[evaluations, *learning["callback"]])
     seconds = time.perf_counter() - evaluations.started
     final = [] if evaluations.passed else evaluate(model, evaluations.env, 100)
     write_json(

@@ -123,12 +123,13 @@ def main() -> None:
 
     folder = new_folder(arguments.runs)
     tensorboard = folder / "tensorboard"
-    model, timesteps, settings = make_model(
+    model, learning, settings = make_model(
         "reinforce", ENV, arguments.seed, arguments.timesteps, {}, tensorboard_log=str(tensorboard)
     )
+    timesteps = learning["total_timesteps"]
     print(f"Training on {ENV} for {timesteps:,} steps; everything goes to {folder}")
     started = time.perf_counter()
-    model.learn(timesteps, callback=EpisodeLog(folder), progress_bar=True)
+    model.learn(timesteps, callback=[EpisodeLog(folder), *learning["callback"]], progress_bar=True)
     seconds = time.perf_counter() - started
     model.save(folder / "model")
     plot_learning_curve(folder / "monitor.csv", folder / "learning_curve.png")
