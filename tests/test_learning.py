@@ -54,5 +54,5 @@ def test_learns_with_all_defaults(policy):
     model = REINFORCE(policy, "CartPole-v1", seed=1)
     untrained, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=10)
     assert untrained < 50
-    model.learn(32_000)
+    model.learn(64_000)
     evaluate_policy(model, model.get_env(), n_eval_episodes=20, reward_threshold=100)
