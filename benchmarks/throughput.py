@@ -111,8 +111,6 @@ def make_model(cls: type[OnPolicyAlgorithm], env: Any, n_steps: int, policy: str
     """A model that acts at random whatever it learns, and logs to nothing."""
     if policy == "MlpPolicy":
         kwargs.setdefault("policy_kwargs", dict(net_arch=[32, 32], log_std_init=0.0))
-    if cls is REINFORCE:
-        kwargs.setdefault("final_log_std", None)
     model: Any = cls(policy, env, n_steps=n_steps, learning_rate=0.0, seed=0, device="cpu", **kwargs)
     with th.no_grad():
         model.policy.action_net.weight.zero_()

@@ -156,7 +156,7 @@ class MlpPolicy(ActorCriticPolicy):
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.ReLU,
         ortho_init: bool = True,
-        log_std_init: float = -1.0,
+        log_std_init: float = -0.75,
         optimizer_kwargs: dict[str, Any] | None = None,
         baseline: str | None = "random",
         baseline_memory: float = 0.85,
@@ -272,15 +272,6 @@ def chunk_size(policy: BasePolicy) -> int:
         return sys.maxsize
     widths = [module.out_features for module in policy.modules() if isinstance(module, nn.Linear)]
     return max(1, _CHUNK // max(spaces.flatdim(policy.observation_space), *widths))
-
-
-def depends_on_mode(policy: BasePolicy) -> bool:
-    """
-    :param policy: the policy
-    :return: whether the same observation may lead to other actions in training mode than in evaluation mode
-    """
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    return any(isinstance(module, kinds) for module in policy.modules())
 
 
 def baseline_features(policy: ActorCriticPolicy, observations: Iterable[PyTorchObs]) -> np.ndarray:

@@ -12,7 +12,6 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
-from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -33,7 +32,6 @@ from sb3_reinforce.policies import (
     baseline_features,
     baseline_inputs,
     chunk_size,
-    depends_on_mode,
     install_baseline,
 )
 from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
@@ -80,13 +78,6 @@ class REINFORCE(OnPolicyAlgorithm):
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
     :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early
     :param max_grad_norm: The maximum value for the gradient clipping (above 0), None for no clipping
-    :param target_kl: Largest Kullback-Leibler divergence, in nats, of the new policy from the one that has collected the batch
-        (above 0): a step that is longer is shortened to it. It keeps a batch of few episodes from undoing what was learned.
-        None for no limit
-    :param final_log_std: The log standard deviation of Gaussian actions, which is learned, is kept below a line that falls
-        from its initial value to this one at the end of training. Lower it if the deterministic policy is to be as good as
-        what was trained, raise it if exploration ends too early; None for no such line, an entropy bonus needs that. Other
-        distributions are left alone
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE; -1: only at the beginning of the rollout
     :param rollout_buffer_class: Rollout buffer class to use, a subclass of
@@ -135,13 +126,11 @@ class REINFORCE(OnPolicyAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
-        learning_rate: float | Schedule = LinearSchedule(5e-3, 0.0, 1.0),
-        n_steps: int | None = _Default(2800),
+        learning_rate: float | Schedule = LinearSchedule(4e-3, 0.0, 1.0),
+        n_steps: int | None = _Default(2000),
         gamma: float = 0.99,
         ent_coef: float = 0.0,
         max_grad_norm: float | None = None,
-        target_kl: float | None = 0.01,
-        final_log_std: float | None = -1.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
@@ -186,8 +175,6 @@ class REINFORCE(OnPolicyAlgorithm):
             _init_setup_model=False,
         )
         self.normalize_advantage = normalize_advantage
-        self.target_kl = target_kl
-        self.final_log_std = final_log_std
         self.n_episodes = n_episodes
         self.max_episode_steps = max_episode_steps
         self.baseline = baseline
@@ -334,31 +321,19 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.normalize_advantage:
             self.rollout_buffer.normalize_advantages()
         before = deepcopy(self.get_parameters())
-        start = [parameter.detach().clone() for parameter in self.policy.parameters()]
         try:
             # Switch to train mode (this affects batch norm / dropout)
             self.policy.set_training_mode(True)
             self._update_learning_rate(self.policy.optimizer)
             policy_loss, entropy_loss, log_prob, grad_norm = self._compute_gradient()
-            # Evaluation mode: a look at the policy must not change the statistics of batch norm
+            # A look at the policy must not change the statistics of batch norm
             self.policy.set_training_mode(False)
-            if depends_on_mode(self.policy):
-                log_prob, _ = self._look_at_policy()
             self.policy.optimizer.step()
             new_log_prob, features = self._look_at_policy()
-            target, left = math.inf if self.target_kl is None else self.target_kl, 1.0
-            # A policy that is never the same twice gets no closer, however short the step
-            while (kl := approximate_kl(log_prob, new_log_prob)) > target and left > 1e-3:
-                # The divergence is quadratic in the length of small steps
-                share = min(math.sqrt(target / kl), 0.9)
-                self._shorten_step(start, share)
-                left *= share
-                new_log_prob, features = self._look_at_policy()
         except ValueError:
             super().set_parameters(before)  # type: ignore[arg-type]
             raise
         self._n_updates += 1
-        self._limit_noise()
         self._refit_baseline(features)
 
         values, returns = self.rollout_buffer.values, self.rollout_buffer.returns
@@ -366,7 +341,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.logger.record("train/policy_gradient_loss", policy_loss)
         self.logger.record("train/entropy_loss", entropy_loss)
         self.logger.record("train/grad_norm", grad_norm)
-        self.logger.record("train/approx_kl", kl)
+        self.logger.record("train/approx_kl", approximate_kl(log_prob, new_log_prob))
         self.logger.record("train/advantage_std", advantage_std)
         self.logger.record("train/explained_variance", explained_variance(values, returns))
         self.logger.record("train/baseline_mse", np.mean((returns - values) ** 2))
@@ -424,20 +399,6 @@ class REINFORCE(OnPolicyAlgorithm):
             except ValueError as error:
                 raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
         return log_prob, np.concatenate(features) if sum(map(len, features)) == len(log_prob) else None
-
-    def _limit_noise(self) -> None:
-        """Keep the log standard deviation of Gaussian actions below a line from where it began to ``final_log_std``."""
-        if self.final_log_std is None or not isinstance(self.policy.action_dist, DiagGaussianDistribution):
-            return
-        initial, progress = self.policy.log_std_init, self._current_progress_remaining
-        with th.no_grad():
-            self.policy.log_std.clamp_(max=self.final_log_std + (initial - self.final_log_std) * progress)
-
-    def _shorten_step(self, start: list[th.Tensor], share: float) -> None:
-        """Go back towards the parameters that the policy had at the start, so that a share of the step is left."""
-        with th.no_grad():
-            for old, parameter in zip(start, self.policy.parameters(), strict=True):
-                parameter.copy_(th.lerp(old, parameter, share))
 
     def _refit_baseline(self, features: np.ndarray | None) -> None:
         """

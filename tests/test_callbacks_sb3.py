@@ -283,9 +283,8 @@ class TestStopping:
 
     @pytest.mark.parametrize("n_envs", [1, 3])
     def test_the_rollout_that_was_stopped_is_collected_anew(self, n_envs):
-        # No schedule: it would depend on how many steps there are in all
-        whole = make_model(n_envs, final_log_std=None).learn(100)
-        stopped = make_model(n_envs, final_log_std=None).learn(100, callback=self.StopAt(12))
+        whole = make_model(n_envs).learn(100)
+        stopped = make_model(n_envs).learn(100, callback=self.StopAt(12))
         while stopped._n_updates < whole._n_updates:
             stopped.learn(1, reset_num_timesteps=False)
         assert th.equal(weights(stopped), weights(whole))

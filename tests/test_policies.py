@@ -105,7 +105,7 @@ def test_defaults():
     assert [layer.out_features for layer in layers[::2]] == [64, 64, 2]
     assert (policy.ortho_init, policy.normalize_observations) == (True, True)
     assert (policy.baseline, policy.baseline_memory, policy.value_net.memory) == ("random", 0.85, 0.85)
-    assert th.equal(policy.log_std, th.full((2,), -1.0))
+    assert th.equal(policy.log_std, th.full((2,), -0.75))
     settings = policy.optimizer.param_groups[0]
     assert (type(policy.optimizer), settings["betas"], settings["eps"]) == (th.optim.Adam, (0.9, 0.999), 1e-8)
     assert not policy.value_net.weight.any()

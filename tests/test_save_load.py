@@ -188,9 +188,8 @@ class TestModel:
     @pytest.mark.parametrize("n_envs", [1, 3])
     def test_learns_on_as_if_it_had_never_been_saved(self, tmp_path, kwargs, n_envs):
         # Schedules depend on the total number of steps, which is another when it comes in two parts
-        kwargs = kwargs | dict(final_log_std=None)
         if callable(kwargs.get("learning_rate")):
-            kwargs["learning_rate"] = 1e-2
+            kwargs = kwargs | dict(learning_rate=1e-2)
         whole = make_model(n_envs, **kwargs).learn(200)
         half = make_model(n_envs, **kwargs).learn(50)
         half.save(tmp_path / "model")

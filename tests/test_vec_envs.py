@@ -56,7 +56,7 @@ def subproc(env_fns):
 
 def make_model(env, policy="MlpPolicy", **kwargs):
     # Without schedules, which depend on how many steps there are in all, and on whether idle ones are counted
-    return REINFORCE(policy, env, **(dict(n_steps=20, seed=0, learning_rate=1e-2, final_log_std=None) | kwargs))
+    return REINFORCE(policy, env, **(dict(n_steps=20, seed=0, learning_rate=1e-2) | kwargs))
 
 
 def learned(env, n_updates=3, callback=None, **kwargs):
