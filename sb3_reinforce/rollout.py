@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
@@ -166,7 +167,9 @@ def collect_episodes(
             model._update_info_buffer(infos, dones)
 
             if episodes.step(dones):
-                warn_about_cut(model, env, episodes)
+                cut = np.flatnonzero(active & episodes.cut)
+                record_cut(model, env, cut)
+                warn_about_cut(model, env, episodes.max_episode_steps, int(cut[0]))
             if bootstrap_timeouts:
                 rewards = rewards + model.gamma * timeout_values(policy, infos, new_obs, episodes.cut & active)
             rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active, values)  # type: ignore[arg-type]
@@ -320,20 +323,36 @@ def _index_of_culprit(env: VecEnv, error: Exception) -> int | None:
     return None
 
 
-def warn_about_cut(model: OnPolicyAlgorithm, env: VecEnv, episodes: EpisodeTracker) -> None:
-    """Warn that an episode was cut, once for each model."""
+def record_cut(model: OnPolicyAlgorithm, env: VecEnv, cut: np.ndarray) -> None:
+    """
+    Count episodes that were cut in the statistics, as ``Monitor`` counts those that end by themselves: a mean over the others
+    alone would leave out what a policy does that never comes to an end.
+
+    :param model: keeps the statistics
+    :param env: the environments; those without a ``Monitor`` are not counted, whatever ends their episodes
+    :param cut: indices of the environments whose episode was cut in this step
+    """
+    for idx in cut.tolist():
+        if env.env_is_wrapped(Monitor, idx)[0]:
+            (rewards,) = env.get_attr("rewards", idx)
+            model._update_info_buffer([{"episode": {"r": sum(rewards), "l": len(rewards)}}])
+
+
+def warn_about_cut(model: OnPolicyAlgorithm, env: VecEnv, max_episode_steps: int, idx: int) -> None:
+    """Warn that an episode of environment ``idx`` was cut, once for each model, unless it has a time limit of its own."""
     if getattr(model, "_warned_about_cut", False):
         return
     model._warned_about_cut = True  # type: ignore[attr-defined]
     # Asking members in other processes for what they cannot send would end those
     members = getattr(env.unwrapped, "envs", None)
-    idx = int(np.flatnonzero(episodes.cut)[0])
     name = f"environment {idx}"
     if members is not None:
-        member = members[idx].unwrapped
-        name = member.spec.id if member.spec is not None else type(member).__name__
+        spec = members[idx].spec
+        if spec is not None and spec.max_episode_steps is not None:
+            return
+        name = spec.id if spec is not None else type(members[idx].unwrapped).__name__
     warnings.warn(
-        f"An episode of {name} was cut after max_episode_steps={episodes.max_episode_steps} steps and counts as timed out. "
+        f"An episode of {name} was cut after max_episode_steps={max_episode_steps} steps and counts as timed out. "
         "REINFORCE learns from whole episodes: give the environment a time limit (`max_episode_steps` of gymnasium.make, or "
         "gymnasium.wrappers.TimeLimit), or raise max_episode_steps if its episodes are meant to be longer",
         stacklevel=2,

@@ -1,7 +1,9 @@
 """Collecting whole episodes: which ones, in what order, what callbacks see, and what happens with bad environments."""
 
 import re
+import warnings
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_reinforce import REINFORCE
 from tests.envs import GeometricEnv, ScriptedEnv, scripted
@@ -218,6 +220,22 @@ class TestEpisodesThatNeverEnd:
             model.learn(12, callback=recorder)
         assert len(warned) == 1
         assert [len(rollout["rewards"]) for rollout in recorder.rollouts] == [5, 5, 5]
+
+    def test_are_cut_without_a_warning_below_a_time_limit_of_the_environment(self):
+        model = REINFORCE("MlpPolicy", "Pendulum-v1", n_steps=7, max_episode_steps=7)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.learn(7)
+        assert model.rollout_buffer.rewards.shape == (7,)
+
+    @pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])
+    def test_are_in_the_statistics_with_the_rewards_of_the_monitor(self, vec_env_class: type[VecEnv]):
+        env = vec_env_class([lambda length=length: Monitor(ScriptedEnv([length])) for length in (None, 3)])
+        with closing(VecNormalize(env)) as env, pytest.warns(UserWarning, match="was cut after max_episode_steps=5"):
+            model = REINFORCE("MlpPolicy", env, n_steps=4, max_episode_steps=5).learn(1)
+        statistics = [(info["r"], info["l"]) for info in model.ep_info_buffer]
+        episodes = [[100 * episode + step + 1 for step in range(steps)] for episode, steps in [(0, 3), (0, 5), (1, 3)]]
+        assert statistics == [(sum(rewards), len(rewards)) for rewards in episodes]
 
     def test_are_collected_again_until_there_are_enough_transitions(self):
         with pytest.warns(UserWarning):
