@@ -9,15 +9,17 @@ Scripts of one's own call :func:`register` before they call rl_zoo3.
 
 import argparse
 import importlib
+import math
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
 from sb3_reinforce.callbacks import StepsProgressBar
@@ -77,11 +79,23 @@ def register() -> None:
 
         def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
             rate = hyperparams.get("learning_rate")
+            self.max_episode_steps = hyperparams.get("max_episode_steps")
             processed = super()._preprocess_hyperparams(hyperparams)
             # rl_zoo3's own class of schedules would be saved with the model, which could not be loaded without rl_zoo3 then
             if self.algo == ALGO and isinstance(rate, str):
                 processed[0]["learning_rate"] = linear_schedule(rate)
             return processed
+
+        def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+            limit = gym.spec(self.env_name.gym_id).max_episode_steps or math.inf
+            if self.algo != ALGO or eval_env or (self.max_episode_steps or math.inf) >= limit:
+                return super().create_envs(n_envs, eval_env, no_log)
+            # Episodes that REINFORCE would cut end by themselves then, which puts them into monitor.csv
+            env_kwargs = self.env_kwargs
+            self.env_kwargs = {"max_episode_steps": self.max_episode_steps, **env_kwargs}
+            env = super().create_envs(n_envs, eval_env, no_log)
+            self.env_kwargs = env_kwargs
+            return env
 
         def create_callbacks(self) -> None:
             super().create_callbacks()

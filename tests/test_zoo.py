@@ -240,6 +240,17 @@ def test_the_general_recipe(tmp_path: Path):
         assert str(getattr(model, name.replace("stats", "_stats"))) == str(getattr(one_liner, name.replace("stats", "_stats")))
 
 
+def test_episodes_cut_below_the_time_limit_are_in_the_monitor_files_and_evaluations_are_not_cut(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump({"Pendulum-v1": dict(n_timesteps=300, policy="MlpPolicy", n_steps=20, max_episode_steps=30)}))
+    options = ["--conf-file", str(config), "--eval-freq", "150", "--eval-episodes", "1"]
+    run(monkeypatch, "train", "--env", "Pendulum-v1", *options)
+    folder = tmp_path / "logs" / "reinforce" / "Pendulum-v1_1"
+    assert np.loadtxt(folder / "0.monitor.csv", delimiter=",", skiprows=2)[:, 1].tolist() == [30] * 10
+    assert np.load(folder / "evaluations.npz")["ep_lengths"].tolist() == [[200], [200]]
+
+
 def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     model = experiment(tmp_path, config="article.yml")
