@@ -243,7 +243,9 @@ def test_the_general_recipe(tmp_path: Path):
 def test_episodes_cut_below_the_time_limit_are_in_the_monitor_files_and_evaluations_are_not_cut(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "config.yml"
-    config.write_text(yaml.safe_dump({"Pendulum-v1": dict(n_timesteps=300, policy="MlpPolicy", n_steps=20, max_episode_steps=30)}))
+    config.write_text(
+        yaml.safe_dump({"Pendulum-v1": dict(n_timesteps=300, policy="MlpPolicy", n_steps=20, max_episode_steps=30)})
+    )
     options = ["--conf-file", str(config), "--eval-freq", "150", "--eval-episodes", "1"]
     run(monkeypatch, "train", "--env", "Pendulum-v1", *options)
     folder = tmp_path / "logs" / "reinforce" / "Pendulum-v1_1"
