@@ -97,8 +97,9 @@ class REINFORCE(OnPolicyAlgorithm):
     :param baseline_memory: Weight of the batches before the latest one in the fit of the baseline, per batch, in [0, 1). Less
         follows the policy faster, more has more episodes to fit the baseline to
     :param bootstrap_timeouts: Whether the baseline's value of the last observation is added to the reward when an episode
-        ends by a time limit, as SB3's algorithms do. For tasks that would go on without their time limit. Without a
-        baseline it changes nothing
+        ends by a time limit, as SB3's algorithms do: what happens there says nothing about the state (Pardo et al., 2018,
+        https://arxiv.org/abs/1712.00378). Turn it off where a time limit is part of the task, or for returns of rewards
+        alone. Without a baseline it changes nothing
     :param normalize_observations: Whether the policy normalises vector observations with running statistics, which are
         updated once a batch and saved with it. None stands for True with the policies here and their subclasses, and for
         False with all others, which cannot do it
@@ -141,7 +142,7 @@ class REINFORCE(OnPolicyAlgorithm):
         max_episode_steps: int = 50_000,
         baseline: str | None = "random",
         baseline_memory: float = 0.85,
-        bootstrap_timeouts: bool = False,
+        bootstrap_timeouts: bool = True,
         normalize_observations: bool | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,

@@ -129,7 +129,7 @@ def test_defaults():
     assert (model.n_steps, model.n_episodes, model.gamma) == (2000, None, 0.99)
     np.testing.assert_allclose([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], [4e-3, 2e-3, 0])
     assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("random", 0.85, True)
-    assert (model.bootstrap_timeouts, model.normalize_observations) == (False, True)
+    assert (model.bootstrap_timeouts, model.normalize_observations) == (True, True)
     assert (model.ent_coef, model.max_grad_norm) == (0.0, None)
     # A policy that is made without the algorithm is the same
     for name in ("baseline", "baseline_memory", "normalize_observations"):
@@ -209,6 +209,7 @@ class TestUpdate:
             n_steps=30,
             learning_rate=1e-3,
             seed=0,
+            bootstrap_timeouts=False,
             normalize_observations=normalize_observations,
             policy_kwargs=policy_kwargs,
         )
