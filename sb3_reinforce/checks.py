@@ -60,6 +60,8 @@ def check_hyperparameters(model: Any) -> None:
     )
     check("baseline", model.baseline is None or model.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
     check("baseline_memory", _is_real(model.baseline_memory) and 0 <= model.baseline_memory < 1, "in [0, 1)")
+    decay = model.log_std_decay
+    check("log_std_decay", decay is None or (_is_real(decay) and decay >= 0), "finite and at least 0, or None for learned noise")
     buffer = model.rollout_buffer_class
     is_buffer = buffer is None or (isinstance(buffer, type) and issubclass(buffer, EpisodeRolloutBuffer))
     check("rollout_buffer_class", is_buffer, "a subclass of sb3_reinforce.buffers.EpisodeRolloutBuffer")

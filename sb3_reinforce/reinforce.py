@@ -54,6 +54,18 @@ def approximate_kl(log_prob: th.Tensor, new_log_prob: th.Tensor) -> float:
     return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
 
 
+def annealed_log_std(log_std_init: float, log_std_decay: float, progress_remaining: float) -> float:
+    """
+    Logarithm of the standard deviation of actions: it falls linearly, so the standard deviation falls geometrically.
+
+    :param log_std_init: at the beginning
+    :param log_std_decay: how much it falls in all
+    :param progress_remaining: from 1 at the beginning to 0 at the end
+    :return: the same unit
+    """
+    return log_std_init - log_std_decay * (1.0 - progress_remaining)
+
+
 class _Default(int):
     """An integer that is a default value: it tells an argument that was left out from one that was given the same value."""
 
@@ -103,6 +115,10 @@ class REINFORCE(OnPolicyAlgorithm):
     :param normalize_observations: Whether the policy normalises vector observations with running statistics, which are
         updated once a batch and saved with it. None stands for True with the policies here and their subclasses, and for
         False with all others, which cannot do it
+    :param log_std_decay: How much the log standard deviation of continuous actions falls over ``total_timesteps``, linearly,
+        from the ``log_std_init`` of the policy (at least 0; 0.7 halves the noise, 0 keeps it). None: the gradient learns it.
+        Where noise is what bars the way to the reward, as a lander that never comes to rest, the gradient of a small batch
+        may take most of the training to find out. What is not learned, ``ent_coef`` does not act on
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the reported
         success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -144,6 +160,7 @@ class REINFORCE(OnPolicyAlgorithm):
         baseline_memory: float = 0.85,
         bootstrap_timeouts: bool = True,
         normalize_observations: bool | None = None,
+        log_std_decay: float | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -182,6 +199,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.baseline = baseline
         self.baseline_memory = baseline_memory
         self.bootstrap_timeouts = bootstrap_timeouts
+        self.log_std_decay = log_std_decay
         is_own = issubclass(self.policy_class, MlpPolicy)
         self.normalize_observations = is_own if normalize_observations is None else normalize_observations
 
@@ -252,6 +270,8 @@ class REINFORCE(OnPolicyAlgorithm):
         assert isinstance(policy, ActorCriticPolicy)
         if not is_own:
             install_baseline(policy, self.baseline, self.baseline_memory)
+        if hasattr(policy, "log_std"):
+            policy.log_std.requires_grad_(self.log_std_decay is None)
         self.policy = policy.to(self.device)
         self._maybe_recommend_cpu("MlpPolicy")
 
@@ -331,6 +351,7 @@ class REINFORCE(OnPolicyAlgorithm):
             # A look at the policy must not change the statistics of batch norm
             self.policy.set_training_mode(False)
             self.policy.optimizer.step()
+            self._update_log_std()
             new_log_prob, features = self._look_at_policy()
         except ValueError:
             super().set_parameters(before)  # type: ignore[arg-type]
@@ -349,6 +370,12 @@ class REINFORCE(OnPolicyAlgorithm):
         self.logger.record("train/baseline_mse", np.mean((returns - values) ** 2))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+
+    def _update_log_std(self) -> None:
+        if self.log_std_decay is not None and hasattr(self.policy, "log_std"):
+            policy = self.policy
+            log_std = annealed_log_std(policy.log_std_init, self.log_std_decay, self._current_progress_remaining)
+            policy.log_std.data.fill_(log_std)
 
     def _chunks(self) -> Iterator[tuple[EpisodeBufferSamples, th.Tensor]]:
         """The batch, as much of it at a time as the policy should be shown, with actions as the policy evaluates them."""

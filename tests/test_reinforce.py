@@ -18,6 +18,7 @@ from torch import nn
 
 from sb3_reinforce import REINFORCE, MlpPolicy, policies
 from sb3_reinforce.baselines import LinearBaseline
+from sb3_reinforce.reinforce import annealed_log_std
 from tests.envs import RandomEnv, ScriptedEnv, scripted
 
 LANDER = "LunarLanderContinuous-v3"
@@ -130,7 +131,7 @@ def test_defaults():
     np.testing.assert_allclose([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], [4e-3, 2e-3, 0])
     assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("random", 0.85, True)
     assert (model.bootstrap_timeouts, model.normalize_observations) == (True, True)
-    assert (model.ent_coef, model.max_grad_norm) == (0.0, None)
+    assert (model.ent_coef, model.max_grad_norm, model.log_std_decay) == (0.0, None, None)
     # A policy that is made without the algorithm is the same
     for name in ("baseline", "baseline_memory", "normalize_observations"):
         assert signature(MlpPolicy).parameters[name].default == getattr(model, name) == getattr(model.policy, name)
@@ -227,6 +228,37 @@ class TestUpdate:
             return model.logger.name_to_value["train/entropy_loss"]
 
         assert entropy_loss(1.0) < entropy_loss(0.0) - 0.05
+
+    @given(st.floats(-3, 1), st.floats(0, 3))
+    def test_annealed_noise_falls_geometrically_by_what_is_asked_for(self, log_std_init: float, log_std_decay: float):
+        std = np.exp([annealed_log_std(log_std_init, log_std_decay, progress) for progress in (1.0, 0.75, 0.5, 0.25, 0.0)])
+        np.testing.assert_allclose(std[[0, -1]], np.exp([log_std_init, log_std_init - log_std_decay]))
+        np.testing.assert_allclose(std[1:] / std[:-1], np.exp(-log_std_decay / 4))
+
+    @pytest.mark.parametrize("use_sde", [False, True])
+    def test_noise_is_annealed_and_acted_with_instead_of_learned(self, use_sde: bool):
+        logged = []
+
+        class Acting(BaseCallback):
+            def _on_step(self) -> bool:
+                return True
+
+            def _on_rollout_start(self) -> None:
+                std = np.exp(self.model.policy.log_std.detach().numpy())
+                logged.append((self.model.num_timesteps, std.min(), std.max()))
+
+        kwargs = dict(n_steps=200, seed=0, learning_rate=1e-2, log_std_decay=1.5, use_sde=use_sde)
+        model = REINFORCE("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(log_std_init=-0.5), **kwargs)
+        model.learn(1000, callback=Acting())
+        # Known after an update, from the progress that the update has: the first two batches have the initial noise
+        expected = np.exp([-0.5 - 1.5 * max(steps - 200, 0) / 1000 for steps, _, _ in logged])
+        assert len(logged) == 5
+        np.testing.assert_allclose([smallest for _, smallest, _ in logged], expected, rtol=1e-6)
+        np.testing.assert_allclose([largest for _, _, largest in logged], expected, rtol=1e-6)
+        assert model.policy.log_std.grad is None
+
+    def test_annealed_noise_needs_no_noise(self):
+        REINFORCE("MlpPolicy", "CartPole-v1", n_steps=50, log_std_decay=1.0).learn(100)
 
     def test_advantages_are_normalised_only_if_asked_for(self):
         plain, normalised = self.gradient(normalize_advantage=False), self.gradient()
