@@ -158,6 +158,7 @@ def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_
     }
     if n_actions > 0:
         sampled_params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 0.5)
+        sampled_params["log_std_decay"] = trial.suggest_float("log_std_decay", 0.0, 1.5)
     # Display true values
     trial.set_user_attr("gamma", 1 - sampled_params["one_minus_gamma"])
     hyperparams = convert_reinforce_params(sampled_params)
