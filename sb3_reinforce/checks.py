@@ -52,16 +52,11 @@ def check_hyperparameters(model: Any) -> None:
     check("ent_coef", _is_real(model.ent_coef) and model.ent_coef >= 0, "finite and at least 0")
     rate = model.learning_rate
     check("learning_rate", callable(rate) or (_is_real(rate) and rate >= 0), "a schedule, or finite and at least 0")
-    max_norm = model.max_grad_norm
-    check(
-        "max_grad_norm",
-        max_norm is None or (_is_real(max_norm) and max_norm > 0),
-        "finite and above 0, or None for no clipping",
-    )
+    for name in ("max_grad_norm", "target_kl"):
+        limit = getattr(model, name)
+        check(name, limit is None or (_is_real(limit) and limit > 0), "finite and above 0, or None for no limit")
     check("baseline", model.baseline is None or model.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
     check("baseline_memory", _is_real(model.baseline_memory) and 0 <= model.baseline_memory < 1, "in [0, 1)")
-    decay = model.log_std_decay
-    check("log_std_decay", decay is None or (_is_real(decay) and decay >= 0), "finite and at least 0, or None for learned noise")
     buffer = model.rollout_buffer_class
     is_buffer = buffer is None or (isinstance(buffer, type) and issubclass(buffer, EpisodeRolloutBuffer))
     check("rollout_buffer_class", is_buffer, "a subclass of sb3_reinforce.buffers.EpisodeRolloutBuffer")

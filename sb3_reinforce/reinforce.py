@@ -32,6 +32,7 @@ from sb3_reinforce.policies import (
     baseline_features,
     baseline_inputs,
     chunk_size,
+    depends_on_mode,
     install_baseline,
 )
 from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
@@ -52,18 +53,6 @@ def approximate_kl(log_prob: th.Tensor, new_log_prob: th.Tensor) -> float:
     """
     log_ratio = new_log_prob - log_prob
     return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
-
-
-def annealed_log_std(log_std_init: float, log_std_decay: float, progress_remaining: float) -> float:
-    """
-    Logarithm of the standard deviation of actions: it falls linearly, so the standard deviation falls geometrically.
-
-    :param log_std_init: at the beginning
-    :param log_std_decay: how much it falls in all
-    :param progress_remaining: from 1 at the beginning to 0 at the end
-    :return: the same unit
-    """
-    return log_std_init - log_std_decay * (1.0 - progress_remaining)
 
 
 class _Default(int):
@@ -90,6 +79,9 @@ class REINFORCE(OnPolicyAlgorithm):
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
     :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early
     :param max_grad_norm: The maximum value for the gradient clipping (above 0), None for no clipping
+    :param target_kl: Largest Kullback-Leibler divergence, in nats per transition, of the new policy from the one that has
+        collected the batch (above 0): a step that is longer is shortened to it. It keeps a batch of few episodes from undoing
+        what was learned; less is safer and slower. None for no limit
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE; -1: only at the beginning of the rollout
     :param rollout_buffer_class: Rollout buffer class to use, a subclass of
@@ -115,10 +107,6 @@ class REINFORCE(OnPolicyAlgorithm):
     :param normalize_observations: Whether the policy normalises vector observations with running statistics, which are
         updated once a batch and saved with it. None stands for True with the policies here and their subclasses, and for
         False with all others, which cannot do it
-    :param log_std_decay: How much the log standard deviation of continuous actions falls over ``total_timesteps``, linearly,
-        from the ``log_std_init`` of the policy (at least 0; 0.7 halves the noise, 0 keeps it). None: the gradient learns it.
-        Where noise is what bars the way to the reward, as a lander that never comes to rest, the gradient of a small batch
-        may take most of the training to find out. What is not learned, ``ent_coef`` does not act on
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the reported
         success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -144,11 +132,12 @@ class REINFORCE(OnPolicyAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
-        learning_rate: float | Schedule = LinearSchedule(4e-3, 0.0, 1.0),
+        learning_rate: float | Schedule = LinearSchedule(5e-3, 0.0, 1.0),
         n_steps: int | None = _Default(2000),
         gamma: float = 0.99,
         ent_coef: float = 0.0,
         max_grad_norm: float | None = None,
+        target_kl: float | None = 0.01,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
@@ -160,7 +149,6 @@ class REINFORCE(OnPolicyAlgorithm):
         baseline_memory: float = 0.85,
         bootstrap_timeouts: bool = True,
         normalize_observations: bool | None = None,
-        log_std_decay: float | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -193,13 +181,13 @@ class REINFORCE(OnPolicyAlgorithm):
             seed=seed,
             _init_setup_model=False,
         )
+        self.target_kl = target_kl
         self.normalize_advantage = normalize_advantage
         self.n_episodes = n_episodes
         self.max_episode_steps = max_episode_steps
         self.baseline = baseline
         self.baseline_memory = baseline_memory
         self.bootstrap_timeouts = bootstrap_timeouts
-        self.log_std_decay = log_std_decay
         is_own = issubclass(self.policy_class, MlpPolicy)
         self.normalize_observations = is_own if normalize_observations is None else normalize_observations
 
@@ -270,8 +258,6 @@ class REINFORCE(OnPolicyAlgorithm):
         assert isinstance(policy, ActorCriticPolicy)
         if not is_own:
             install_baseline(policy, self.baseline, self.baseline_memory)
-        if hasattr(policy, "log_std"):
-            policy.log_std.requires_grad_(self.log_std_decay is None)
         self.policy = policy.to(self.device)
         self._maybe_recommend_cpu("MlpPolicy")
 
@@ -343,6 +329,7 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.normalize_advantage:
             self.rollout_buffer.normalize_advantages()
         before = deepcopy(self.get_parameters())
+        start = [parameter.detach().clone() for parameter in self.policy.parameters()]
         try:
             # Switch to train mode (this affects batch norm / dropout)
             self.policy.set_training_mode(True)
@@ -350,9 +337,20 @@ class REINFORCE(OnPolicyAlgorithm):
             policy_loss, entropy_loss, log_prob, grad_norm = self._compute_gradient()
             # A look at the policy must not change the statistics of batch norm
             self.policy.set_training_mode(False)
+            if depends_on_mode(self.policy):
+                log_prob, _ = self._look_at_policy()
             self.policy.optimizer.step()
-            self._update_log_std()
             new_log_prob, features = self._look_at_policy()
+            limit, left = math.inf if self.target_kl is None else self.target_kl, 1.0
+            # A policy that is never the same twice gets no closer, however short the step
+            while (kl := approximate_kl(log_prob, new_log_prob)) > limit and left > 1e-3:
+                # The divergence is quadratic in the length of small steps
+                share = min(math.sqrt(limit / kl), 0.9)
+                left *= share
+                with th.no_grad():
+                    for old, parameter in zip(start, self.policy.parameters(), strict=True):
+                        parameter.copy_(th.lerp(old, parameter, share))
+                new_log_prob, features = self._look_at_policy()
         except ValueError:
             super().set_parameters(before)  # type: ignore[arg-type]
             raise
@@ -364,18 +362,12 @@ class REINFORCE(OnPolicyAlgorithm):
         self.logger.record("train/policy_gradient_loss", policy_loss)
         self.logger.record("train/entropy_loss", entropy_loss)
         self.logger.record("train/grad_norm", grad_norm)
-        self.logger.record("train/approx_kl", approximate_kl(log_prob, new_log_prob))
+        self.logger.record("train/approx_kl", kl)
         self.logger.record("train/advantage_std", advantage_std)
         self.logger.record("train/explained_variance", explained_variance(values, returns))
         self.logger.record("train/baseline_mse", np.mean((returns - values) ** 2))
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
-
-    def _update_log_std(self) -> None:
-        if self.log_std_decay is not None and hasattr(self.policy, "log_std"):
-            policy = self.policy
-            log_std = annealed_log_std(policy.log_std_init, self.log_std_decay, self._current_progress_remaining)
-            policy.log_std.data.fill_(log_std)
 
     def _chunks(self) -> Iterator[tuple[EpisodeBufferSamples, th.Tensor]]:
         """The batch, as much of it at a time as the policy should be shown, with actions as the policy evaluates them."""

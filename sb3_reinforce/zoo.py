@@ -148,6 +148,7 @@ def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
         "learning_rate": trial.suggest_float("learning_rate", 3e-4, 0.03, log=True),
         "lr_schedule": trial.suggest_categorical("lr_schedule", ["linear", "constant"]),
+        "target_kl": trial.suggest_float("target_kl", 1e-3, 0.1, log=True),
         "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
         "baseline": trial.suggest_categorical("baseline", ["linear", "quadratic", "random"]),
         "baseline_memory": trial.suggest_float("baseline_memory", 0.0, 0.9),
@@ -158,7 +159,6 @@ def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_
     }
     if n_actions > 0:
         sampled_params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 0.5)
-        sampled_params["log_std_decay"] = trial.suggest_float("log_std_decay", 0.0, 1.5)
     # Display true values
     trial.set_user_attr("gamma", 1 - sampled_params["one_minus_gamma"])
     hyperparams = convert_reinforce_params(sampled_params)

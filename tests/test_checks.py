@@ -36,7 +36,7 @@ class TestArguments:
             *[("gamma", value) for value in (0.0, -0.1, 1.1, np.nan, None)],
             *[("ent_coef", value) for value in (-0.1, np.nan, np.inf)],
             *[("max_grad_norm", value) for value in (0.0, -1.0, np.nan, np.inf)],
-            *[("log_std_decay", value) for value in (-0.1, np.nan, np.inf, "fast")],
+            *[("target_kl", value) for value in (0.0, -1.0, np.nan, np.inf)],
             *[("learning_rate", value) for value in (-1e-3, np.nan, np.inf)],
             *[("max_episode_steps", value) for value in (0, 1.5)],
             *[("baseline_memory", value) for value in (-0.1, 1.0, np.nan)],

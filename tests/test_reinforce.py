@@ -15,10 +15,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from sb3_reinforce import REINFORCE, MlpPolicy, policies
 from sb3_reinforce.baselines import LinearBaseline
-from sb3_reinforce.reinforce import annealed_log_std
 from tests.envs import RandomEnv, ScriptedEnv, scripted
 
 LANDER = "LunarLanderContinuous-v3"
@@ -61,6 +61,7 @@ class Rollouts(BaseCallback):
 ARTICLE: dict[str, Any] = dict(
     gamma=0.97,
     learning_rate=1e-3,
+    target_kl=None,
     baseline="linear",
     baseline_memory=0.0,
     normalize_observations=False,
@@ -128,10 +129,10 @@ def test_is_the_articles_algorithm():
 def test_defaults():
     model = REINFORCE("MlpPolicy", LANDER)
     assert (model.n_steps, model.n_episodes, model.gamma) == (2000, None, 0.99)
-    np.testing.assert_allclose([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], [4e-3, 2e-3, 0])
+    np.testing.assert_allclose([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], [5e-3, 2.5e-3, 0])
     assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("random", 0.85, True)
     assert (model.bootstrap_timeouts, model.normalize_observations) == (True, True)
-    assert (model.ent_coef, model.max_grad_norm, model.log_std_decay) == (0.0, None, None)
+    assert (model.ent_coef, model.max_grad_norm, model.target_kl) == (0.0, None, 0.01)
     # A policy that is made without the algorithm is the same
     for name in ("baseline", "baseline_memory", "normalize_observations"):
         assert signature(MlpPolicy).parameters[name].default == getattr(model, name) == getattr(model.policy, name)
@@ -229,37 +230,6 @@ class TestUpdate:
 
         assert entropy_loss(1.0) < entropy_loss(0.0) - 0.05
 
-    @given(st.floats(-3, 1), st.floats(0, 3))
-    def test_annealed_noise_falls_geometrically_by_what_is_asked_for(self, log_std_init: float, log_std_decay: float):
-        std = np.exp([annealed_log_std(log_std_init, log_std_decay, progress) for progress in (1.0, 0.75, 0.5, 0.25, 0.0)])
-        np.testing.assert_allclose(std[[0, -1]], np.exp([log_std_init, log_std_init - log_std_decay]))
-        np.testing.assert_allclose(std[1:] / std[:-1], np.exp(-log_std_decay / 4))
-
-    @pytest.mark.parametrize("use_sde", [False, True])
-    def test_noise_is_annealed_and_acted_with_instead_of_learned(self, use_sde: bool):
-        logged = []
-
-        class Acting(BaseCallback):
-            def _on_step(self) -> bool:
-                return True
-
-            def _on_rollout_start(self) -> None:
-                std = np.exp(self.model.policy.log_std.detach().numpy())
-                logged.append((self.model.num_timesteps, std.min(), std.max()))
-
-        kwargs = dict(n_steps=200, seed=0, learning_rate=1e-2, log_std_decay=1.5, use_sde=use_sde)
-        model = REINFORCE("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(log_std_init=-0.5), **kwargs)
-        model.learn(1000, callback=Acting())
-        # Known after an update, from the progress that the update has: the first two batches have the initial noise
-        expected = np.exp([-0.5 - 1.5 * max(steps - 200, 0) / 1000 for steps, _, _ in logged])
-        assert len(logged) == 5
-        np.testing.assert_allclose([smallest for _, smallest, _ in logged], expected, rtol=1e-6)
-        np.testing.assert_allclose([largest for _, _, largest in logged], expected, rtol=1e-6)
-        assert model.policy.log_std.grad is None
-
-    def test_annealed_noise_needs_no_noise(self):
-        REINFORCE("MlpPolicy", "CartPole-v1", n_steps=50, log_std_decay=1.0).learn(100)
-
     def test_advantages_are_normalised_only_if_asked_for(self):
         plain, normalised = self.gradient(normalize_advantage=False), self.gradient()
         assert np.linalg.norm(plain) > 5 * np.linalg.norm(normalised)
@@ -353,6 +323,69 @@ class TestUpdate:
             for name, value in state.items():
                 assert th.equal(after["policy.optimizer"]["state"][index][name], value)
         assert all(th.equal(after["policy"][name], value) for name, value in before["policy"].items())
+
+    @pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
+    def test_no_step_is_longer_than_target_kl(self, env: str):
+        def measured(target_kl: float | None) -> tuple[list[float], np.ndarray]:
+            divergences = []
+
+            class Divergence(BaseCallback):
+                def _on_step(self) -> bool:
+                    return True
+
+                def _on_rollout_start(self) -> None:
+                    divergences.append(self.logger.name_to_value["train/approx_kl"])
+
+            model = REINFORCE("MlpPolicy", env, n_steps=400, learning_rate=0.03, target_kl=target_kl, seed=0)
+            after = weights(model.learn(2400, callback=Divergence()))
+            return divergences[1:], after
+
+        free, unlimited = measured(None)
+        limited, weights_limited = measured(1e-3)
+        assert max(free) > 1e-2
+        assert len(limited) >= 4 and 1e-4 < min(limited) and max(limited) <= 1e-3
+        # A limit that is out of reach changes nothing
+        np.testing.assert_array_equal(measured(1e3)[1], unlimited)
+        assert not np.allclose(weights_limited, unlimited)
+
+    @pytest.mark.parametrize("module", [lambda n: nn.Dropout(0.5), nn.BatchNorm1d])
+    def test_what_training_mode_does_is_no_part_of_the_step(self, module: Any):
+        """Dropout and batch norm alone make for more than the divergence allowed here."""
+
+        class Moody(MlpPolicy):
+            def _build_mlp_extractor(self) -> None:
+                super()._build_mlp_extractor()
+                self.mlp_extractor.policy_net.append(module(self.mlp_extractor.latent_dim_pi))
+
+        def step(target_kl: float | None) -> tuple[float, np.ndarray]:
+            kwargs = dict(n_steps=400, learning_rate=1e-5, target_kl=target_kl, policy_kwargs=dict(log_std_init=-3.0), seed=0)
+            model = REINFORCE(Moody, "Pendulum-v1", **kwargs)
+            with th.no_grad():
+                model.policy.action_net.weight.normal_(std=0.3)
+            before = weights(model)
+            return model.learn(1).logger.name_to_value["train/approx_kl"], weights(model) - before
+
+        kl, taken = step(0.05)
+        assert 0 < kl <= 0.05
+        np.testing.assert_array_equal(taken, step(None)[1])
+
+    def test_a_policy_that_is_never_the_same_twice_is_not_waited_for(self):
+        class Restless(MlpPolicy):
+            def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+                return super()._get_action_dist_from_latent(latent_pi + th.randn_like(latent_pi))
+
+        REINFORCE(Restless, "Pendulum-v1", n_steps=200, target_kl=1e-9, seed=0).learn(200)
+
+    def test_a_step_that_is_shortened_keeps_its_direction(self):
+        def step(target_kl: float | None) -> np.ndarray:
+            model = REINFORCE("MlpPolicy", "Pendulum-v1", n_steps=400, learning_rate=0.03, target_kl=target_kl, seed=0)
+            before = parameters_to_vector(model.policy.parameters()).detach().numpy()
+            return parameters_to_vector(model.learn(1).policy.parameters()).detach().numpy() - before
+
+        whole, shortened = step(None), step(1e-3)
+        share = np.linalg.norm(shortened) / np.linalg.norm(whole)
+        assert share < 0.9
+        np.testing.assert_allclose(shortened, share * whole, rtol=0.01, atol=1e-5)
 
     @pytest.mark.parametrize("rate", [np.nan, -1.0, np.inf])
     def test_a_schedule_that_gives_no_learning_rate_is_refused(self, rate: float):

@@ -175,7 +175,6 @@ class TestModel:
             baseline_memory=0.25,
             bootstrap_timeouts=True,
             normalize_observations=True,
-            log_std_decay=0.5,
             seed=11,
         )
         model = make_model(**given).learn(50)

@@ -260,7 +260,7 @@ def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # Until there are more than 3000
     assert model.n_steps == 3001
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3] * 3
-    assert (model.ent_coef, model.max_grad_norm, model.use_sde) == (0.0, None, False)
+    assert (model.ent_coef, model.max_grad_norm, model.use_sde, model.target_kl) == (0.0, None, False, None)
     assert (model.normalize_advantage, model.normalize_observations, model.bootstrap_timeouts) == (True, False, False)
     assert (model.baseline, model.baseline_memory) == ("linear", 0.0)
     # The guard against episodes without end is out of reach
@@ -275,7 +275,7 @@ def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
         assert 0.8 * bound < layer.weight.abs().max() <= bound
         assert not layer.bias.any()
-    assert th.equal(policy.log_std, th.zeros(2)) and policy.log_std.requires_grad and model.log_std_decay is None
+    assert th.equal(policy.log_std, th.zeros(2)) and policy.log_std.requires_grad
     optimizer = policy.optimizer
     assert type(optimizer) is th.optim.Adam
     options = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay", "amsgrad")}
@@ -354,7 +354,7 @@ def test_search_space(env: str, n_actions: int):
         schedule = sampled.pop("learning_rate")
         assert schedule == rate or schedule(1.0) == float(rate.removeprefix("lin_"))
         assert sampled == converted
-        assert ("log_std_init" in converted["policy_kwargs"]) == ("log_std_decay" in converted) == (n_actions > 0)
+        assert ("log_std_init" in converted["policy_kwargs"]) == (n_actions > 0)
         REINFORCE("MlpPolicy", env, learning_rate=schedule, **sampled)
         return 0.0
 
