@@ -274,15 +274,6 @@ def chunk_size(policy: BasePolicy) -> int:
     return max(1, _CHUNK // max(spaces.flatdim(policy.observation_space), *widths))
 
 
-def depends_on_mode(policy: BasePolicy) -> bool:
-    """
-    :param policy: the policy
-    :return: whether the same observation may lead to other actions in training mode than in evaluation mode
-    """
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    return any(isinstance(module, kinds) for module in policy.modules())
-
-
 def baseline_features(policy: ActorCriticPolicy, observations: Iterable[PyTorchObs]) -> np.ndarray:
     """
     What the baseline of a policy is linear in, for a batch of observations, without gradients.

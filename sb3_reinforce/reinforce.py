@@ -32,7 +32,6 @@ from sb3_reinforce.policies import (
     baseline_features,
     baseline_inputs,
     chunk_size,
-    depends_on_mode,
     install_baseline,
 )
 from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
@@ -65,7 +64,8 @@ class REINFORCE(OnPolicyAlgorithm):
 
     Each iteration collects whole episodes with the current policy, computes the discounted return that followed every
     action, subtracts what the baseline (fitted to earlier batches) expected in that state, normalises, and takes one gradient
-    step on ``-mean(log pi(a|s) * advantage)``. Then the baseline is fitted to the batch.
+    step on ``-mean(log pi(a|s) * advantage)``, which by default is shortened where it goes too far (``target_kl``). Then the
+    baseline is fitted to the batch.
 
     Papers: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4.
 
@@ -79,9 +79,10 @@ class REINFORCE(OnPolicyAlgorithm):
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
     :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early
     :param max_grad_norm: The maximum value for the gradient clipping (above 0), None for no clipping
-    :param target_kl: Largest Kullback-Leibler divergence, in nats per transition, of the new policy from the one that has
-        collected the batch (above 0): a step that is longer is shortened to it. It keeps a batch of few episodes from undoing
-        what was learned; less is safer and slower. None for no limit
+    :param target_kl: Largest Kullback-Leibler divergence, in nats per transition (above 0), that the gradient step may take
+        the policy from the one that has collected the batch: a step that goes further is shortened, its direction kept. (What
+        the observation statistics then move comes on top.) It keeps a batch of few episodes from undoing what was learned;
+        less is safer and slower. None for the plain step
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE; -1: only at the beginning of the rollout
     :param rollout_buffer_class: Rollout buffer class to use, a subclass of
@@ -91,8 +92,8 @@ class REINFORCE(OnPolicyAlgorithm):
         learning rate has to suit the scale of the rewards
     :param n_episodes: Episodes to collect per update over all environments, at least 1 (more if there are more
         environments), in the place of ``n_steps``. For rewards that come once an episode
-    :param max_episode_steps: Episodes are cut after this many steps, at least 1, and count as timed out, with a warning if the
-        environment has no time limit of its own. It keeps environments that never end from filling the memory; below a time
+    :param max_episode_steps: Episodes are cut after this many steps, at least 1, and count as timed out, with a warning unless
+        the environment is known to have a time limit of its own. It keeps environments that never end from filling the memory; below a time
         limit, it makes more episodes of the same steps where a policy may dawdle, as a lander that hovers does
     :param baseline: What the state-value baseline is linear in: "linear" (the features), "quadratic" (and their squares),
         "random" (and fixed random tanh units of them), or None for no baseline. Richer ones reduce the variance of the
@@ -103,7 +104,8 @@ class REINFORCE(OnPolicyAlgorithm):
     :param bootstrap_timeouts: Whether the baseline's value of the last observation is added to the reward when an episode
         ends by a time limit, as SB3's algorithms do: what happens there says nothing about the state (Pardo et al., 2018,
         https://arxiv.org/abs/1712.00378). Turn it off where a time limit is part of the task, or for returns of rewards
-        alone. Without a baseline it changes nothing
+        alone; and with ``gamma=1``, where nothing discounts the errors that the baseline then learns of itself. Without a
+        baseline it changes nothing
     :param normalize_observations: Whether the policy normalises vector observations with running statistics, which are
         updated once a batch and saved with it. None stands for True with the policies here and their subclasses, and for
         False with all others, which cannot do it
@@ -320,7 +322,7 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """
-        Take one gradient step on the whole batch, then refit the baseline to it.
+        Take one gradient step on the whole batch, no longer than ``target_kl`` allows, then refit the baseline to it.
 
         :raises ValueError: when the gradient, or the policy after the step, is not finite: policy and optimiser are then as
             they were before
@@ -329,7 +331,6 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.normalize_advantage:
             self.rollout_buffer.normalize_advantages()
         before = deepcopy(self.get_parameters())
-        start = [parameter.detach().clone() for parameter in self.policy.parameters()]
         try:
             # Switch to train mode (this affects batch norm / dropout)
             self.policy.set_training_mode(True)
@@ -337,20 +338,11 @@ class REINFORCE(OnPolicyAlgorithm):
             policy_loss, entropy_loss, log_prob, grad_norm = self._compute_gradient()
             # A look at the policy must not change the statistics of batch norm
             self.policy.set_training_mode(False)
-            if depends_on_mode(self.policy):
-                log_prob, _ = self._look_at_policy()
             self.policy.optimizer.step()
             new_log_prob, features = self._look_at_policy()
-            limit, left = math.inf if self.target_kl is None else self.target_kl, 1.0
-            # A policy that is never the same twice gets no closer, however short the step
-            while (kl := approximate_kl(log_prob, new_log_prob)) > limit and left > 1e-3:
-                # The divergence is quadratic in the length of small steps
-                share = min(math.sqrt(limit / kl), 0.9)
-                left *= share
-                with th.no_grad():
-                    for old, parameter in zip(start, self.policy.parameters(), strict=True):
-                        parameter.copy_(th.lerp(old, parameter, share))
-                new_log_prob, features = self._look_at_policy()
+            kl = approximate_kl(log_prob, new_log_prob)
+            if self.target_kl is not None and not kl <= self.target_kl:
+                kl, features = self._shorten_step(before["policy"], self.target_kl)
         except ValueError:
             super().set_parameters(before)  # type: ignore[arg-type]
             raise
@@ -420,6 +412,33 @@ class REINFORCE(OnPolicyAlgorithm):
             except ValueError as error:
                 raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
         return log_prob, np.concatenate(features) if sum(map(len, features)) == len(log_prob) else None
+
+    def _shorten_step(self, start: dict[str, th.Tensor], target_kl: float) -> tuple[float, np.ndarray | None]:
+        """
+        Go back towards the parameters before the step until it is no longer than it may be.
+
+        :param start: state dictionary of the policy before the step
+        :param target_kl: largest divergence, in nats per transition
+        :return: the divergence that is left, and features as :meth:`_look_at_policy` returns them
+        """
+        parameters = dict(self.policy.named_parameters())
+        end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+        def take(share: float) -> tuple[th.Tensor, np.ndarray | None]:
+            with th.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(th.lerp(start[name], end[name], share))
+            return self._look_at_policy()
+
+        # Once more in evaluation mode: what dropout or batch norm do in training is no part of the step
+        log_prob, _ = take(0.0)
+        share = 1.0
+        new_log_prob, features = take(share)
+        while not (kl := approximate_kl(log_prob, new_log_prob)) <= target_kl and share > 1e-6:
+            # The divergence of short steps is quadratic in their length, that of long ones may be anything
+            share *= min(max(math.sqrt(target_kl / kl), 0.5), 0.9) if math.isfinite(kl) else 0.5
+            new_log_prob, features = take(share)
+        return kl, features
 
     def _refit_baseline(self, features: np.ndarray | None) -> None:
         """

@@ -1,10 +1,12 @@
 """Collecting whole episodes from a ``VecEnv`` of any number of environments."""
 
 import math
+import time
 import traceback
 import warnings
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
@@ -168,8 +170,8 @@ def collect_episodes(
 
             if episodes.step(dones):
                 cut = np.flatnonzero(active & episodes.cut)
-                record_cut(model, env, cut)
-                warn_about_cut(model, env, episodes.max_episode_steps, int(cut[0]))
+                record_cut(model, env, infos, cut)
+                warn_about_cut(model, env, episodes.max_episode_steps, cut)
             if bootstrap_timeouts:
                 rewards = rewards + model.gamma * timeout_values(policy, infos, new_obs, episodes.cut & active)
             rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active, values)  # type: ignore[arg-type]
@@ -323,34 +325,44 @@ def _index_of_culprit(env: VecEnv, error: Exception) -> int | None:
     return None
 
 
-def record_cut(model: OnPolicyAlgorithm, env: VecEnv, cut: np.ndarray) -> None:
+def record_cut(model: OnPolicyAlgorithm, env: VecEnv, infos: list[dict[str, Any]], cut: np.ndarray) -> None:
     """
     Count episodes that were cut in the statistics, as ``Monitor`` counts those that end by themselves: a mean over the others
     alone would leave out what a policy does that never comes to an end.
 
     :param model: keeps the statistics
-    :param env: the environments; those without a ``Monitor`` are not counted, whatever ends their episodes
+    :param env: the environments; without a ``Monitor`` of their own (a ``VecMonitor``, for instance) they are left out
+    :param infos: what the environments returned with this step
     :param cut: indices of the environments whose episode was cut in this step
     """
     for idx in cut.tolist():
         if env.env_is_wrapped(Monitor, idx)[0]:
-            (rewards,) = env.get_attr("rewards", idx)
-            model._update_info_buffer([{"episode": {"r": sum(rewards), "l": len(rewards)}}])
+            (rewards,), (t_start,) = env.get_attr("rewards", idx), env.get_attr("t_start", idx)
+            episode = {"r": sum(rewards), "l": len(rewards), "t": time.time() - t_start}
+            model._update_info_buffer([{**infos[idx], "episode": episode}], np.ones(1, dtype=bool))
 
 
-def warn_about_cut(model: OnPolicyAlgorithm, env: VecEnv, max_episode_steps: int, idx: int) -> None:
-    """Warn that an episode of environment ``idx`` was cut, once for each model, unless it has a time limit of its own."""
-    if getattr(model, "_warned_about_cut", False):
-        return
-    model._warned_about_cut = True  # type: ignore[attr-defined]
+def has_time_limit(env: Any) -> bool:
+    """Whether one of an environment's wrappers is a ``TimeLimit``, be it RL Zoo's, which takes the place of Gymnasium's."""
+    while isinstance(env, gym.Wrapper):
+        if "_max_episode_steps" in vars(env):
+            return True
+        env = env.env
+    return False
+
+
+def warn_about_cut(model: OnPolicyAlgorithm, env: VecEnv, max_episode_steps: int, cut: np.ndarray) -> None:
+    """Warn that an episode was cut, once for each model, unless the environment is known to have a time limit of its own."""
     # Asking members in other processes for what they cannot send would end those
     members = getattr(env.unwrapped, "envs", None)
-    name = f"environment {idx}"
+    endless = [idx for idx in cut.tolist() if members is None or not has_time_limit(members[idx])]
+    if not endless or getattr(model, "_warned_about_cut", False):
+        return
+    model._warned_about_cut = True  # type: ignore[attr-defined]
+    name = f"environment {endless[0]}"
     if members is not None:
-        spec = members[idx].spec
-        if spec is not None and spec.max_episode_steps is not None:
-            return
-        name = spec.id if spec is not None else type(members[idx].unwrapped).__name__
+        member = members[endless[0]].unwrapped
+        name = member.spec.id if member.spec is not None else type(member).__name__
     warnings.warn(
         f"An episode of {name} was cut after max_episode_steps={max_episode_steps} steps and counts as timed out. "
         "REINFORCE learns from whole episodes: give the environment a time limit (`max_episode_steps` of gymnasium.make, or "

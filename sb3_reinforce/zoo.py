@@ -87,15 +87,18 @@ def register() -> None:
             return processed
 
         def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-            limit = gym.spec(self.env_name.gym_id).max_episode_steps or math.inf
-            if self.algo != ALGO or eval_env or (self.max_episode_steps or math.inf) >= limit:
+            env_kwargs = self.env_kwargs
+            own_limit = env_kwargs.get("max_episode_steps", gym.spec(self.env_name.gym_id).max_episode_steps) or math.inf
+            limit = self.max_episode_steps or math.inf
+            # Wrappers may count steps differently than the environment within
+            if self.algo != ALGO or eval_env or self.env_wrapper is not None or limit >= own_limit:
                 return super().create_envs(n_envs, eval_env, no_log)
             # Episodes that REINFORCE would cut end by themselves then, which puts them into monitor.csv
-            env_kwargs = self.env_kwargs
-            self.env_kwargs = {"max_episode_steps": self.max_episode_steps, **env_kwargs}
-            env = super().create_envs(n_envs, eval_env, no_log)
-            self.env_kwargs = env_kwargs
-            return env
+            self.env_kwargs = {**env_kwargs, "max_episode_steps": limit}
+            try:
+                return super().create_envs(n_envs, eval_env, no_log)
+            finally:
+                self.env_kwargs = env_kwargs
 
         def create_callbacks(self) -> None:
             super().create_callbacks()

@@ -28,6 +28,13 @@ def weights(model: REINFORCE) -> np.ndarray:
     return np.concatenate([value.numpy().ravel().copy() for value in model.policy.state_dict().values()])
 
 
+class Dropout(nn.Module):
+    """As a policy might have it that does not use PyTorch's module."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
 class Rollouts(BaseCallback):
     """Copies of the buffer at the end of each rollout, and of what the last update left."""
 
@@ -348,9 +355,14 @@ class TestUpdate:
         np.testing.assert_array_equal(measured(1e3)[1], unlimited)
         assert not np.allclose(weights_limited, unlimited)
 
-    @pytest.mark.parametrize("module", [lambda n: nn.Dropout(0.5), nn.BatchNorm1d])
+    @pytest.mark.parametrize("rate", [0.03, 0.3, 3.0])
+    def test_a_step_that_is_far_too_long_becomes_about_as_long_as_it_may_be(self, rate: float):
+        model = REINFORCE("MlpPolicy", "Pendulum-v1", n_steps=400, learning_rate=rate, target_kl=1e-3, seed=0).learn(1)
+        assert 2e-4 < model.logger.name_to_value["train/approx_kl"] <= 1e-3
+
+    @pytest.mark.parametrize("module", [lambda n: nn.Dropout(0.5), lambda n: Dropout(), nn.BatchNorm1d])
     def test_what_training_mode_does_is_no_part_of_the_step(self, module: Any):
-        """Dropout and batch norm alone make for more than the divergence allowed here."""
+        """Dropout and batch norm alone make for more than the divergence allowed here, whatever class does it."""
 
         class Moody(MlpPolicy):
             def _build_mlp_extractor(self) -> None:
@@ -367,14 +379,22 @@ class TestUpdate:
 
         kl, taken = step(0.05)
         assert 0 < kl <= 0.05
+        assert taken.any()
         np.testing.assert_array_equal(taken, step(None)[1])
 
     def test_a_policy_that_is_never_the_same_twice_is_not_waited_for(self):
+        looks = []
+
         class Restless(MlpPolicy):
             def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
                 return super()._get_action_dist_from_latent(latent_pi + th.randn_like(latent_pi))
 
-        REINFORCE(Restless, "Pendulum-v1", n_steps=200, target_kl=1e-9, seed=0).learn(200)
+            def evaluate_actions(self, *args: Any) -> Any:
+                looks.append(self.training)
+                return super().evaluate_actions(*args)
+
+        REINFORCE(Restless, "Pendulum-v1", n_steps=200, target_kl=1e-9, seed=0).learn(1)
+        assert len(looks) < 30
 
     def test_a_step_that_is_shortened_keeps_its_direction(self):
         def step(target_kl: float | None) -> np.ndarray:

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.callbacks import BaseCallback, StopTrainingOnMaxEpisodes
@@ -227,6 +228,22 @@ class TestEpisodesThatNeverEnd:
             warnings.simplefilter("error")
             model.learn(7)
         assert model.rollout_buffer.rewards.shape == (7,)
+
+    def test_are_warned_about_where_others_have_a_time_limit(self):
+        env = DummyVecEnv([lambda: TimeLimit(ScriptedEnv([None]), 9), lambda: ScriptedEnv([None])])
+        with pytest.warns(UserWarning, match="ScriptedEnv was cut after max_episode_steps=5"):
+            REINFORCE("MlpPolicy", env, n_steps=5, max_episode_steps=5).learn(1)
+
+    def test_count_as_failures_or_successes_like_others(self):
+        class Fails(ScriptedEnv):
+            def step(self, action: np.ndarray) -> Any:
+                *rest, info = super().step(action)
+                return *rest, {**info, "is_success": self.lengths != [None]}
+
+        env = DummyVecEnv([lambda: Monitor(Fails([None])), lambda: Monitor(Fails([5]))])
+        with pytest.warns(UserWarning, match="was cut"):
+            model = REINFORCE("MlpPolicy", env, n_steps=5, max_episode_steps=5).learn(1)
+        assert sorted(model.ep_success_buffer) == [False, True]
 
     @pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])
     def test_are_in_the_statistics_with_the_rewards_of_the_monitor(self, vec_env_class: type[VecEnv]):
