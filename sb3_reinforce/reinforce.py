@@ -93,8 +93,9 @@ class REINFORCE(OnPolicyAlgorithm):
     :param n_episodes: Episodes to collect per update over all environments, at least 1 (more if there are more
         environments), in the place of ``n_steps``. For rewards that come once an episode
     :param max_episode_steps: Episodes are cut after this many steps, at least 1, and count as timed out, with a warning unless
-        the environment is known to have a time limit of its own. It keeps environments that never end from filling the memory; below a time
-        limit, it makes more episodes of the same steps where a policy may dawdle, as a lander that hovers does
+        the environment is known to have a time limit of its own. It keeps environments that never end from filling the
+        memory; below a time limit, it makes more episodes of the same steps where a policy may dawdle, as a lander that hovers
+        does
     :param baseline: What the state-value baseline is linear in: "linear" (the features), "quadratic" (and their squares),
         "random" (and fixed random tanh units of them), or None for no baseline. Richer ones reduce the variance of the
         gradient when returns are no linear function of the state. Policies that are no subclass of those here have a feature
