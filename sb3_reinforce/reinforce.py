@@ -339,11 +339,12 @@ class REINFORCE(OnPolicyAlgorithm):
             policy_loss, entropy_loss, log_prob, grad_norm = self._compute_gradient()
             # A look at the policy must not change the statistics of batch norm
             self.policy.set_training_mode(False)
+            start = [parameter.detach().clone() for parameter in self.policy.parameters()]
             self.policy.optimizer.step()
             new_log_prob, features = self._look_at_policy()
             kl = approximate_kl(log_prob, new_log_prob)
             if self.target_kl is not None and not kl <= self.target_kl:
-                kl, features = self._shorten_step(before["policy"], self.target_kl)
+                kl, features = self._shorten_step(start, self.target_kl)
         except ValueError:
             super().set_parameters(before)  # type: ignore[arg-type]
             raise
@@ -414,21 +415,20 @@ class REINFORCE(OnPolicyAlgorithm):
                 raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
         return log_prob, np.concatenate(features) if sum(map(len, features)) == len(log_prob) else None
 
-    def _shorten_step(self, start: dict[str, th.Tensor], target_kl: float) -> tuple[float, np.ndarray | None]:
+    def _shorten_step(self, start: list[th.Tensor], target_kl: float) -> tuple[float, np.ndarray | None]:
         """
         Go back towards the parameters before the step until it is no longer than it may be.
 
-        :param start: state dictionary of the policy before the step
+        :param start: the parameters of the policy before the step
         :param target_kl: largest divergence, in nats per transition
         :return: the divergence that is left, and features as :meth:`_look_at_policy` returns them
         """
-        parameters = dict(self.policy.named_parameters())
-        end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        end = [parameter.detach().clone() for parameter in self.policy.parameters()]
 
         def take(share: float) -> tuple[th.Tensor, np.ndarray | None]:
             with th.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(th.lerp(start[name], end[name], share))
+                for parameter, old, new in zip(self.policy.parameters(), start, end, strict=True):
+                    parameter.copy_(th.lerp(old, new, share))
             return self._look_at_policy()
 
         # Once more in evaluation mode: what dropout or batch norm do in training is no part of the step
