@@ -168,11 +168,12 @@ def collect_episodes(
                 return False
             model._update_info_buffer(infos, dones)
 
-            if episodes.step(dones):
+            is_cut = episodes.step(dones)
+            if is_cut:
                 cut = np.flatnonzero(active & episodes.cut)
                 record_cut(model, env, infos, cut)
                 warn_about_cut(model, env, episodes.max_episode_steps, cut)
-            if bootstrap_timeouts:
+            if bootstrap_timeouts and (is_cut or any_true(dones)):
                 rewards = rewards + model.gamma * timeout_values(policy, infos, new_obs, episodes.cut & active)
             rollout_buffer.add(model._last_obs, actions, rewards, episode_starts, active, values)  # type: ignore[arg-type]
             episode_starts = dones
@@ -353,10 +354,12 @@ def has_time_limit(env: Any) -> bool:
 
 def warn_about_cut(model: OnPolicyAlgorithm, env: VecEnv, max_episode_steps: int, cut: np.ndarray) -> None:
     """Warn that an episode was cut, once for each model, unless the environment is known to have a time limit of its own."""
+    if getattr(model, "_warned_about_cut", False):
+        return
     # Asking members in other processes for what they cannot send would end those
     members = getattr(env.unwrapped, "envs", None)
     endless = [idx for idx in cut.tolist() if members is None or not has_time_limit(members[idx])]
-    if not endless or getattr(model, "_warned_about_cut", False):
+    if not endless:
         return
     model._warned_about_cut = True  # type: ignore[attr-defined]
     name = f"environment {endless[0]}"
