@@ -58,26 +58,31 @@ def table() -> str:
         if not runs:
             continue
         returns = np.array([np.mean(run["final_returns"]) for run in runs])
-        low, high = interval(returns)
+        # One seed has no interval
+        span = "" if len(returns) < 2 else " [{:.1f}, {:.1f}]".format(*interval(returns))
         steps = np.median([run["timesteps"] for run in runs])
         seconds = np.median([run["seconds"] for run in runs])
         lines.append(
             f"| {folder.parent.name} | {folder.name} | {len(runs)} | {steps / 1e6:.2g} M "
-            f"| {iqm(returns):.1f} [{low:.1f}, {high:.1f}] | {returns.min():.1f}, {returns.max():.1f} | {seconds:.0f} |"
+            f"| {iqm(returns):.1f}{span} | {returns.min():.1f}, {returns.max():.1f} | {seconds:.0f} |"
         )
     return "\n".join(lines)
 
 
 def curves(env_id: str, path: Path) -> None:
-    """Median and interquartile band over seeds of the evaluations, against steps and against seconds."""
+    """Median and interquartile band over seeds of the evaluations, against steps and against seconds, where there are any."""
+    runs_of = {folder.name: read(env_id, folder.name) for folder in sorted((FOLDER / env_id).iterdir())}
+    # One evaluation makes no curve
+    runs_of = {name: [run for run in runs if len(run["evaluations"]) > 1] for name, runs in runs_of.items()}
+    if not any(runs_of.values()):
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, constrained_layout=True)
-    for folder in sorted((FOLDER / env_id).iterdir()):
-        runs = [run for run in read(env_id, folder.name) if run["evaluations"]]
+    for name, runs in runs_of.items():
         if not runs:
             continue
         for axes, what in zip(panels, ("steps", "seconds"), strict=True):
@@ -89,8 +94,8 @@ def curves(env_id: str, path: Path) -> None:
                 for run in runs
             ]
             low, middle, high = np.percentile(returns, [25, 50, 75], axis=0)
-            color = COLORS.get(folder.name)
-            axes.plot(grid, middle, color=color, label=f"{folder.name}, {len(runs)} seeds")
+            color = COLORS.get(name)
+            axes.plot(grid, middle, color=color, label=f"{name}, {len(runs)} seeds")
             axes.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
     panels[1].set(xlabel="seconds of training, one core", xscale="log")

@@ -344,7 +344,7 @@ class REINFORCE(OnPolicyAlgorithm):
             new_log_prob, features = self._look_at_policy()
             kl = approximate_kl(log_prob, new_log_prob)
             if self.target_kl is not None and not kl <= self.target_kl:
-                kl, features = self._shorten_step(start, self.target_kl)
+                kl, features = self._shorten_step(start, new_log_prob, features, self.target_kl)
         except ValueError:
             super().set_parameters(before)  # type: ignore[arg-type]
             raise
@@ -415,30 +415,35 @@ class REINFORCE(OnPolicyAlgorithm):
                 raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
         return log_prob, np.concatenate(features) if sum(map(len, features)) == len(log_prob) else None
 
-    def _shorten_step(self, start: list[th.Tensor], target_kl: float) -> tuple[float, np.ndarray | None]:
+    def _shorten_step(
+        self, start: list[th.Tensor], new_log_prob: th.Tensor, features: np.ndarray | None, target_kl: float
+    ) -> tuple[float, np.ndarray | None]:
         """
         Go back towards the parameters before the step until it is no longer than it may be.
 
         :param start: the parameters of the policy before the step
+        :param new_log_prob: what :meth:`_look_at_policy` has returned after it
+        :param features: the same
         :param target_kl: largest divergence, in nats per transition
         :return: the divergence that is left, and features as :meth:`_look_at_policy` returns them
         """
         end = [parameter.detach().clone() for parameter in self.policy.parameters()]
 
-        def take(share: float) -> tuple[th.Tensor, np.ndarray | None]:
+        def take(share: float) -> None:
             with th.no_grad():
                 for parameter, old, new in zip(self.policy.parameters(), start, end, strict=True):
                     parameter.copy_(th.lerp(old, new, share))
-            return self._look_at_policy()
 
         # Once more in evaluation mode: what dropout or batch norm do in training is no part of the step
-        log_prob, _ = take(0.0)
+        take(0.0)
+        log_prob, _ = self._look_at_policy()
         share = 1.0
-        new_log_prob, features = take(share)
+        take(share)
         while not (kl := approximate_kl(log_prob, new_log_prob)) <= target_kl and share > 1e-6:
             # The divergence of short steps is quadratic in their length, that of long ones may be anything
             share *= min(max(math.sqrt(target_kl / kl), 0.5), 0.9) if math.isfinite(kl) else 0.5
-            new_log_prob, features = take(share)
+            take(share)
+            new_log_prob, features = self._look_at_policy()
         return kl, features
 
     def _refit_baseline(self, features: np.ndarray | None) -> None:

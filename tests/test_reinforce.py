@@ -337,15 +337,42 @@ class TestUpdate:
             divergences = []
 
             class Divergence(BaseCallback):
+                """Worked out anew from the policies before and after each update, beside what is logged."""
+
                 def _on_step(self) -> bool:
                     return True
 
-                def _on_rollout_start(self) -> None:
-                    divergences.append(self.logger.name_to_value["train/approx_kl"])
+                def distribution(self) -> th.distributions.Distribution:
+                    return self.model.policy.get_distribution(self.observations).distribution
 
-            model = REINFORCE("MlpPolicy", env, n_steps=400, learning_rate=0.03, target_kl=target_kl, seed=0)
-            after = weights(model.learn(2400, callback=Divergence()))
-            return divergences[1:], after
+                def log_prob(self) -> th.Tensor:
+                    with th.no_grad():
+                        log_prob = self.distribution().log_prob(self.actions)
+                    return log_prob.sum(dim=1) if log_prob.ndim == 2 else log_prob
+
+                def _on_rollout_end(self) -> None:
+                    buffer = self.model.rollout_buffer
+                    self.observations, self.actions = (th.as_tensor(x.copy()) for x in (buffer.observations, buffer.actions))
+                    if isinstance(self.model.action_space, spaces.Discrete):
+                        self.actions = self.actions.flatten()
+                    self.before = self.log_prob()
+
+                def after_update(self) -> None:
+                    ratio = (self.log_prob() - self.before).double()
+                    logged = self.logger.name_to_value["train/approx_kl"]
+                    np.testing.assert_allclose(logged, (ratio.exp() - 1 - ratio).mean(), rtol=0.01)
+                    divergences.append(logged)
+
+                def _on_rollout_start(self) -> None:
+                    if self.num_timesteps:
+                        self.after_update()
+
+                def _on_training_end(self) -> None:
+                    self.after_update()
+
+            kwargs = dict(n_steps=400, learning_rate=0.03, target_kl=target_kl, normalize_observations=False, seed=0)
+            after = weights(REINFORCE("MlpPolicy", env, **kwargs).learn(2400, callback=Divergence()))
+            return divergences, after
 
         free, unlimited = measured(None)
         limited, weights_limited = measured(1e-3)

@@ -253,6 +253,15 @@ def test_episodes_cut_below_the_time_limit_are_in_the_monitor_files_and_evaluati
     assert np.load(folder / "evaluations.npz")["ep_lengths"].tolist() == [[200], [200]]
 
 
+def test_a_wrapper_that_may_count_steps_differently_is_not_cut_from_within(tmp_path: Path):
+    params = dict(max_episode_steps=30, env_wrapper="gymnasium.wrappers.RecordEpisodeStatistics")
+    limits = [
+        experiment(tmp_path, "Pendulum-v1", hyperparams=hyperparams).env.get_attr("spec")[0].max_episode_steps
+        for hyperparams in (dict(max_episode_steps=30), params, dict(max_episode_steps=300))
+    ]
+    assert limits == [30, 200, 200]
+
+
 def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     model = experiment(tmp_path, config="article.yml")
