@@ -49,7 +49,8 @@ def check_hyperparameters(model: Any) -> None:
     for name in ("max_episode_steps", "_stats_window_size"):
         check(name, _is_count(getattr(model, name)), "an integer of at least 1")
     check("gamma", _is_real(model.gamma) and 0 < model.gamma <= 1, "in (0, 1]")
-    check("ent_coef", _is_real(model.ent_coef) and model.ent_coef >= 0, "finite and at least 0")
+    for name in ("ent_coef", "bounds_coef"):
+        check(name, _is_real(getattr(model, name)) and getattr(model, name) >= 0, "finite and at least 0")
     rate = model.learning_rate
     check("learning_rate", callable(rate) or (_is_real(rate) and rate >= 0), "a schedule, or finite and at least 0")
     for name in ("max_grad_norm", "target_kl"):

@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+from collections import defaultdict
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
@@ -29,6 +30,7 @@ from sb3_reinforce.policies import (
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
+    action_means,
     baseline_features,
     baseline_inputs,
     chunk_size,
@@ -52,6 +54,24 @@ def approximate_kl(log_prob: th.Tensor, new_log_prob: th.Tensor) -> float:
     """
     log_ratio = new_log_prob - log_prob
     return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
+
+
+def bounds_loss(means: th.Tensor, low: th.Tensor, high: th.Tensor) -> th.Tensor:
+    """
+    How far the means of Gaussian actions lie outside of the bounds to which the actions are clipped. Out there, samples have
+    the same effect as the mean, so that returns say nothing of which way to move it, and it stays where a long step has put
+    it. As ``bounds_loss_coef`` of rl_games (Makoviichuk & Makoviychuk, 2021, https://github.com/Denys88/rl_games).
+
+    :param means: (n_transitions, n_actions)
+    :param low: (n_actions,) lower bounds, ``-inf`` for none
+    :param high: (n_actions,) upper bounds, ``inf`` for none
+    :return: the squared distance beyond a bound, in units of half the range, summed over the dimensions of the action that
+        have both bounds, mean over the transitions
+    """
+    half_range = (high - low) / 2
+    half_range = th.where(half_range > 0, half_range, math.inf)
+    excess = th.relu(means - high) + th.relu(low - means)
+    return (excess / half_range).square().sum(dim=1).mean()
 
 
 class _Default(int):
@@ -78,6 +98,9 @@ class REINFORCE(OnPolicyAlgorithm):
         n_envs`` transitions have been collected in all, and all of them are finished. Fewer make more but noisier updates
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
     :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early
+    :param bounds_coef: Coefficient of :func:`bounds_loss` for the loss calculation, at least 0: means of Gaussian actions that
+        have gone beyond the bounds of the action space come back to where exploration has an effect. Raise it if a policy gets
+        stuck with actions at their bounds; 0 for the plain policy gradient. Squashed actions are left alone
     :param max_grad_norm: The maximum value for the gradient clipping (above 0), None for no clipping
     :param target_kl: Largest Kullback-Leibler divergence, in nats per transition (above 0), that the gradient step may take
         the policy from the one that has collected the batch: a step that goes further is shortened, its direction kept. (What
@@ -139,6 +162,7 @@ class REINFORCE(OnPolicyAlgorithm):
         n_steps: int | None = _Default(2000),
         gamma: float = 0.99,
         ent_coef: float = 0.0,
+        bounds_coef: float = 0.05,
         max_grad_norm: float | None = None,
         target_kl: float | None = 0.01,
         use_sde: bool = False,
@@ -184,6 +208,7 @@ class REINFORCE(OnPolicyAlgorithm):
             seed=seed,
             _init_setup_model=False,
         )
+        self.bounds_coef = bounds_coef
         self.target_kl = target_kl
         self.normalize_advantage = normalize_advantage
         self.n_episodes = n_episodes
@@ -336,7 +361,7 @@ class REINFORCE(OnPolicyAlgorithm):
             # Switch to train mode (this affects batch norm / dropout)
             self.policy.set_training_mode(True)
             self._update_learning_rate(self.policy.optimizer)
-            policy_loss, entropy_loss, log_prob, grad_norm = self._compute_gradient()
+            losses, log_prob, grad_norm = self._compute_gradient()
             # A look at the policy must not change the statistics of batch norm
             self.policy.set_training_mode(False)
             start = [parameter.detach().clone() for parameter in self.policy.parameters()]
@@ -353,8 +378,8 @@ class REINFORCE(OnPolicyAlgorithm):
 
         values, returns = self.rollout_buffer.values, self.rollout_buffer.returns
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/policy_gradient_loss", policy_loss)
-        self.logger.record("train/entropy_loss", entropy_loss)
+        for name, loss in losses.items():
+            self.logger.record(f"train/{name}", loss)
         self.logger.record("train/grad_norm", grad_norm)
         self.logger.record("train/approx_kl", kl)
         self.logger.record("train/advantage_std", advantage_std)
@@ -368,36 +393,49 @@ class REINFORCE(OnPolicyAlgorithm):
         for batch in self.rollout_buffer.chunks(chunk_size(self.policy)):
             yield batch, batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
 
-    def _compute_gradient(self) -> tuple[float, float, th.Tensor, float]:
+    def _compute_gradient(self) -> tuple[dict[str, float], th.Tensor, float]:
         """
         Leave the gradient of the loss over the whole batch, clipped if asked for, in the parameters.
 
-        :return: policy loss, entropy loss, log-probabilities of the actions (n_transitions,), norm of the gradient before
-            clipping
+        :return: the parts of the loss without their coefficients, log-probabilities of the actions (n_transitions,), norm of
+            the gradient before clipping
         :raises ValueError: if it is not finite
         """
-        policy_loss = entropy_loss = 0.0
+        losses: dict[str, float] = defaultdict(float)
         log_probs = []
         self.policy.optimizer.zero_grad()
-        for batch, actions in self._chunks():
-            with nan_explained():
-                _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
-            share = len(log_prob) / len(self.rollout_buffer.rewards)
-            chunk_policy_loss = -share * (batch.advantages * log_prob).mean()
-            # Approximate the entropy when it has no analytical form
-            chunk_entropy_loss = share * (log_prob.mean() if entropy is None else -entropy.mean())
-            (chunk_policy_loss + self.ent_coef * chunk_entropy_loss).backward()
-            policy_loss += chunk_policy_loss.item()
-            entropy_loss += chunk_entropy_loss.item()
-            log_probs.append(log_prob.detach())
+        if isinstance(self.action_space, spaces.Box):
+            low, high = (
+                th.as_tensor(bound.flatten(), dtype=th.float32, device=self.device)
+                for bound in (self.action_space.low, self.action_space.high)
+            )
+        with action_means(self.policy) as means:
+            for batch, actions in self._chunks():
+                means.clear()
+                with nan_explained():
+                    _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+                share = len(log_prob) / len(self.rollout_buffer.rewards)
+                parts = dict(
+                    policy_gradient_loss=-(batch.advantages * log_prob).mean(),
+                    # Approximate the entropy when it has no analytical form
+                    entropy_loss=log_prob.mean() if entropy is None else -entropy.mean(),
+                )
+                loss = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
+                if means:
+                    parts["bounds_loss"] = bounds_loss(means[0], low, high)
+                    loss = loss + self.bounds_coef * parts["bounds_loss"]
+                (share * loss).backward()
+                for name, part in parts.items():
+                    losses[name] += share * part.item()
+                log_probs.append(log_prob.detach())
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm).item()
         if not math.isfinite(grad_norm):
             raise ValueError(
-                f"The gradient of update {self._n_updates + 1} is not finite (loss {policy_loss}): the step was not taken. "
+                f"The gradient of update {self._n_updates + 1} is not finite (losses {dict(losses)}): the step was not taken. "
                 "Rewards, observations or coefficients may be too large: scale them down"
             )
-        return policy_loss, entropy_loss, th.cat(log_probs), grad_norm
+        return losses, th.cat(log_probs), grad_norm
 
     def _look_at_policy(self) -> tuple[th.Tensor, np.ndarray | None]:
         """

@@ -161,6 +161,7 @@ def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_
         "activation_fn": trial.suggest_categorical("activation_fn", list(_ACTIVATION_FNS)),
     }
     if n_actions > 0:
+        sampled_params["bounds_coef"] = trial.suggest_float("bounds_coef", 1e-3, 1.0, log=True)
         sampled_params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 0.5)
     # Display true values
     trial.set_user_attr("gamma", 1 - sampled_params["one_minus_gamma"])

@@ -34,7 +34,7 @@ class TestArguments:
             *[("n_steps", value) for value in (0, -1, 2.5, "3", True, None)],
             *[("n_episodes", value) for value in (0, -3, 1.5, True)],
             *[("gamma", value) for value in (0.0, -0.1, 1.1, np.nan, None)],
-            *[("ent_coef", value) for value in (-0.1, np.nan, np.inf)],
+            *[(name, value) for name in ("ent_coef", "bounds_coef") for value in (-0.1, np.nan, np.inf)],
             *[("max_grad_norm", value) for value in (0.0, -1.0, np.nan, np.inf)],
             *[("target_kl", value) for value in (0.0, -1.0, np.nan, np.inf)],
             *[("learning_rate", value) for value in (-1e-3, np.nan, np.inf)],

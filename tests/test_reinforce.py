@@ -19,6 +19,7 @@ from torch.nn.utils import parameters_to_vector
 
 from sb3_reinforce import REINFORCE, MlpPolicy, policies
 from sb3_reinforce.baselines import LinearBaseline
+from sb3_reinforce.reinforce import bounds_loss
 from tests.envs import RandomEnv, ScriptedEnv, scripted
 
 LANDER = "LunarLanderContinuous-v3"
@@ -68,6 +69,7 @@ class Rollouts(BaseCallback):
 ARTICLE: dict[str, Any] = dict(
     gamma=0.97,
     learning_rate=1e-3,
+    bounds_coef=0.0,
     target_kl=None,
     baseline="linear",
     baseline_memory=0.0,
@@ -133,13 +135,31 @@ def test_is_the_articles_algorithm():
         np.testing.assert_allclose(baseline, coefficients, rtol=1e-5, atol=1e-5)
 
 
+@given(st.data())
+def test_the_bounds_loss_is_the_squared_distance_beyond_the_bounds(data: st.DataObject):
+    n_transitions, n_actions = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    numbers = st.floats(-100, 100, width=32)
+    low = data.draw(st.lists(numbers | st.just(-np.inf), min_size=n_actions, max_size=n_actions))
+    high = [max(bound, data.draw(numbers | st.just(np.inf))) for bound in low]
+    means = [[data.draw(numbers) for _ in range(n_actions)] for _ in range(n_transitions)]
+    expected = 0.0
+    for row in means:
+        for mean, lowest, highest in zip(row, low, high, strict=True):
+            half_range = (highest - lowest) / 2
+            if half_range > 0 and not lowest <= mean <= highest:
+                expected += ((min(abs(mean - lowest), abs(mean - highest))) / half_range) ** 2 / n_transitions
+    loss = bounds_loss(th.tensor(means, requires_grad=True), th.tensor(low), th.tensor(high))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_defaults():
     model = REINFORCE("MlpPolicy", LANDER)
     assert (model.n_steps, model.n_episodes, model.gamma) == (2000, None, 0.99)
     np.testing.assert_allclose([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], [5e-3, 2.5e-3, 0])
     assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("random", 0.85, True)
     assert (model.bootstrap_timeouts, model.normalize_observations) == (True, True)
-    assert (model.ent_coef, model.max_grad_norm, model.target_kl) == (0.0, None, 0.01)
+    assert (model.ent_coef, model.bounds_coef, model.max_grad_norm, model.target_kl) == (0.0, 0.05, None, 0.01)
     # A policy that is made without the algorithm is the same
     for name in ("baseline", "baseline_memory", "normalize_observations"):
         assert signature(MlpPolicy).parameters[name].default == getattr(model, name) == getattr(model.policy, name)
@@ -236,6 +256,47 @@ class TestUpdate:
             return model.logger.name_to_value["train/entropy_loss"]
 
         assert entropy_loss(1.0) < entropy_loss(0.0) - 0.05
+
+    @pytest.mark.parametrize("chunk", [2_000_000, 640])
+    def test_means_beyond_the_bounds_are_part_of_the_gradient(self, chunk: int, monkeypatch: pytest.MonkeyPatch):
+        """Against the derivative of the penalty, written out: the means are a bias, each element of which is 3 too high."""
+        monkeypatch.setattr(policies, "_CHUNK", chunk)
+
+        def gradient(bounds_coef: float) -> np.ndarray:
+            rollouts = Rollouts()
+            env = RandomEnv(
+                spaces.Box(-1, 1, (3,)), spaces.Box(np.array([-2, -np.inf], np.float32), np.array([4, 1], np.float32)), 9
+            )
+            model = REINFORCE("MlpPolicy", env, n_steps=64, seed=0, bounds_coef=bounds_coef)
+            with th.no_grad():
+                model.policy.action_net.weight.zero_()
+                model.policy.action_net.bias.copy_(th.tensor([7.0, 4.0]))
+            model.learn(64, callback=rollouts)
+            # (3 / 3)^2, and nothing for the other, which has no range
+            assert model.logger.name_to_value["train/bounds_loss"] == pytest.approx(1.0)
+            names = [name for name, _ in model.policy.named_parameters()]
+            sizes = [parameter.numel() for parameter in model.policy.parameters()]
+            return np.split(rollouts.gradients[0], np.cumsum(sizes)[:-1])[names.index("action_net.bias")]
+
+        np.testing.assert_allclose(gradient(0.5) - gradient(0.0), [0.5 * 2 * 3 / 3**2, 0], rtol=1e-4, atol=1e-6)
+
+    def test_a_policy_stuck_beyond_the_bounds_comes_back(self):
+        """Equal returns, as where every sample is clipped to the same action: nothing but the penalty moves it."""
+
+        class Constant(ScriptedEnv):
+            def step(self, action: np.ndarray) -> Any:
+                observation, _, *rest = super().step(action)
+                return observation, 1.0, *rest
+
+        def excess(**kwargs: Any) -> float:
+            model = REINFORCE("MlpPolicy", Constant([1]), n_steps=10, seed=0, learning_rate=1e-2, **kwargs)
+            with th.no_grad():
+                model.policy.action_net.bias.fill_(-4.0)
+            model.learn(3000)
+            return model.logger.name_to_value["train/bounds_loss"]
+
+        assert excess(bounds_coef=0.0) > 2 * 2.9**2
+        assert excess() < 2 * 0.1**2
 
     def test_advantages_are_normalised_only_if_asked_for(self):
         plain, normalised = self.gradient(normalize_advantage=False), self.gradient()

@@ -269,7 +269,8 @@ def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # Until there are more than 3000
     assert model.n_steps == 3001
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3] * 3
-    assert (model.ent_coef, model.max_grad_norm, model.use_sde, model.target_kl) == (0.0, None, False, None)
+    assert (model.ent_coef, model.bounds_coef, model.max_grad_norm, model.target_kl) == (0.0, 0.0, None, None)
+    assert not model.use_sde
     assert (model.normalize_advantage, model.normalize_observations, model.bootstrap_timeouts) == (True, False, False)
     assert (model.baseline, model.baseline_memory) == ("linear", 0.0)
     # The guard against episodes without end is out of reach
