@@ -162,7 +162,7 @@ class REINFORCE(OnPolicyAlgorithm):
         n_steps: int | None = _Default(2000),
         gamma: float = 0.99,
         ent_coef: float = 0.0,
-        bounds_coef: float = 0.05,
+        bounds_coef: float = 0.1,
         max_grad_norm: float | None = None,
         target_kl: float | None = 0.01,
         use_sde: bool = False,
