@@ -97,7 +97,9 @@ class REINFORCE(OnPolicyAlgorithm):
     :param n_steps: Steps to collect for each environment per update, at least 1: episodes are started until ``n_steps *
         n_envs`` transitions have been collected in all, and all of them are finished. Fewer make more but noisier updates
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
-    :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early
+    :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early. None stands
+        for 0.03 where actions are choices, one of which may otherwise die out everywhere before it is needed somewhere, and for
+        0 for Gaussian actions, whose noise is what ``bounds_coef`` and the log standard deviation see to
     :param bounds_coef: Coefficient of :func:`bounds_loss` for the loss calculation, at least 0: means of Gaussian actions that
         have gone beyond the bounds of the action space come back to where exploration has an effect. Raise it if a policy gets
         stuck with actions at their bounds; 0 for the plain policy gradient. Squashed actions are left alone
@@ -161,7 +163,7 @@ class REINFORCE(OnPolicyAlgorithm):
         learning_rate: float | Schedule = LinearSchedule(5e-3, 0.0, 1.0),
         n_steps: int | None = _Default(2000),
         gamma: float = 0.99,
-        ent_coef: float = 0.0,
+        ent_coef: float | None = None,
         bounds_coef: float = 0.1,
         max_grad_norm: float | None = None,
         target_kl: float | None = 0.01,
@@ -193,7 +195,7 @@ class REINFORCE(OnPolicyAlgorithm):
             n_steps=n_steps,  # type: ignore[arg-type]
             gamma=gamma,
             gae_lambda=1.0,
-            ent_coef=ent_coef,
+            ent_coef=ent_coef,  # type: ignore[arg-type]
             vf_coef=0.0,
             max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
             use_sde=use_sde,
@@ -255,6 +257,8 @@ class REINFORCE(OnPolicyAlgorithm):
         return OnPolicyAlgorithm._wrap_env(env, verbose)
 
     def _setup_model(self) -> None:
+        if self.ent_coef is None:
+            self.ent_coef = 0.0 if isinstance(self.action_space, spaces.Box) else 0.03
         check_hyperparameters(self)
         self._setup_lr_schedule()
         check_learning_rate(self.lr_schedule(1.0), 1.0)

@@ -160,6 +160,9 @@ def test_defaults():
     assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("random", 0.85, True)
     assert (model.bootstrap_timeouts, model.normalize_observations) == (True, True)
     assert (model.ent_coef, model.bounds_coef, model.max_grad_norm, model.target_kl) == (0.0, 0.1, None, 0.01)
+    # One default for actions that are choices, another for Gaussian ones; a given value is kept
+    assert REINFORCE("MlpPolicy", "CartPole-v1").ent_coef == 0.03
+    assert REINFORCE("MlpPolicy", "CartPole-v1", ent_coef=0.0).ent_coef == 0.0
     # A policy that is made without the algorithm is the same
     for name in ("baseline", "baseline_memory", "normalize_observations"):
         assert signature(MlpPolicy).parameters[name].default == getattr(model, name) == getattr(model.policy, name)
