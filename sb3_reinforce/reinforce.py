@@ -97,9 +97,9 @@ class REINFORCE(OnPolicyAlgorithm):
     :param n_steps: Steps to collect for each environment per update, at least 1: episodes are started until ``n_steps *
         n_envs`` transitions have been collected in all, and all of them are finished. Fewer make more but noisier updates
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
-    :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early. None stands
-        for 0.03 where actions are choices, one of which may otherwise die out everywhere before it is needed somewhere, and for
-        0 for Gaussian actions, whose noise is what ``bounds_coef`` and the log standard deviation see to
+    :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early. None
+        stands for 0.03 where actions are choices, one of which may otherwise die out before it is needed, and for 0 for
+        Gaussian actions, whose noise is a parameter of its own
     :param bounds_coef: Coefficient of :func:`bounds_loss` for the loss calculation, at least 0: means of Gaussian actions that
         have gone beyond the bounds of the action space come back to where exploration has an effect. Raise it if a policy gets
         stuck with actions at their bounds; 0 for the plain policy gradient. Squashed actions are left alone
