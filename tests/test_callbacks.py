@@ -57,7 +57,8 @@ class TestKeepBest:
 
     def test_what_is_left_is_the_policy_of_the_highest_mean_return(self):
         # What is learned at first is undone by a rate that is far too large
-        model, rollouts = self.learn(6000, learning_rate=lambda progress: 1e-2 if progress > 0.4 else 0.3, target_kl=None)
+        kwargs = dict(learning_rate=lambda progress: 1e-2 if progress > 0.4 else 0.3, ent_coef=0.0, target_kl=None)
+        model, rollouts = self.learn(6000, **kwargs)
         best = max((mean, -index) for index, (mean, n_episodes, _) in enumerate(rollouts) if n_episodes == 20)
         mean, _, policy = rollouts[-best[1]]
         assert mean > rollouts[-1][0]

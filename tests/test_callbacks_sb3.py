@@ -405,6 +405,7 @@ class TestOtherCallbacksOfSB3:
 TRAIN_KEYS = {
     "train/policy_gradient_loss",
     "train/entropy_loss",
+    "train/bounds_loss",
     "train/explained_variance",
     "train/baseline_mse",
     "train/advantage_std",
