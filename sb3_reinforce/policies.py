@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
@@ -302,26 +301,6 @@ def baseline_inputs(policy: ActorCriticPolicy) -> Iterator[list[np.ndarray]]:
     """
     kept: list[np.ndarray] = []
     handle = policy.value_net.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].detach().cpu().numpy()))
-    try:
-        yield kept
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def action_means(policy: ActorCriticPolicy) -> Iterator[list[th.Tensor]]:
-    """
-    Keep the means of Gaussian actions for a while, for gradients to go through: whoever evaluates actions works them out.
-
-    :param policy: the policy
-    :return: list that is filled with (batch, n_actions) tensors, one for each call of the actor; it stays empty where actions
-        are squashed, or no Gaussians
-    """
-    kept: list[th.Tensor] = []
-    if policy.squash_output or not isinstance(policy.action_dist, (DiagGaussianDistribution, StateDependentNoiseDistribution)):
-        yield kept
-        return
-    handle = policy.action_net.register_forward_hook(lambda _, inputs, output: kept.append(output))
     try:
         yield kept
     finally:

@@ -30,7 +30,6 @@ from sb3_reinforce.policies import (
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
-    action_means,
     baseline_features,
     baseline_inputs,
     chunk_size,
@@ -56,22 +55,23 @@ def approximate_kl(log_prob: th.Tensor, new_log_prob: th.Tensor) -> float:
     return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
 
 
-def bounds_loss(means: th.Tensor, low: th.Tensor, high: th.Tensor) -> th.Tensor:
+def bounds_loss(means: th.Tensor, stds: th.Tensor, low: th.Tensor, high: th.Tensor) -> th.Tensor:
     """
-    How far the means of Gaussian actions lie outside of the bounds to which the actions are clipped. Out there, samples have
-    the same effect as the mean, so that returns say nothing of which way to move it, and it stays where a long step has put
-    it. As ``bounds_loss_coef`` of rl_games (Makoviichuk & Makoviychuk, 2021, https://github.com/Denys88/rl_games).
+    How far the means of Gaussian actions lie outside of the bounds to which the actions are clipped. Far out there, samples
+    have the same effect as the mean, so that returns say nothing of which way to move it, and it stays where a long step has
+    put it. Others who penalise this: ``bounds_loss_coef`` of rl_games (Makoviichuk & Makoviychuk, 2021,
+    https://github.com/Denys88/rl_games).
 
     :param means: (n_transitions, n_actions)
+    :param stds: (n_transitions, n_actions) standard deviations, above 0: where these are larger than half the range, samples
+        reach it from further away
     :param low: (n_actions,) lower bounds, ``-inf`` for none
     :param high: (n_actions,) upper bounds, ``inf`` for none
-    :return: the squared distance beyond a bound, in units of half the range, summed over the dimensions of the action that
-        have both bounds, mean over the transitions
+    :return: the squared distance beyond a bound, in units of half the range or of the standard deviation, whichever is larger,
+        summed over the dimensions of the action that have both bounds, mean over the transitions
     """
-    half_range = (high - low) / 2
-    half_range = th.where(half_range > 0, half_range, math.inf)
     excess = th.relu(means - high) + th.relu(low - means)
-    return (excess / half_range).square().sum(dim=1).mean()
+    return (excess / th.maximum((high - low) / 2, stds)).square().sum(dim=1).mean()
 
 
 class _Default(int):
@@ -84,8 +84,9 @@ class REINFORCE(OnPolicyAlgorithm):
 
     Each iteration collects whole episodes with the current policy, computes the discounted return that followed every
     action, subtracts what the baseline (fitted to earlier batches) expected in that state, normalises, and takes one gradient
-    step on ``-mean(log pi(a|s) * advantage)``, which by default is shortened where it goes too far (``target_kl``). Then the
-    baseline is fitted to the batch.
+    step on ``-mean(log pi(a|s) * advantage)``. By default a small term keeps exploration alive (``ent_coef`` for choices,
+    ``bounds_coef`` for Gaussian actions), and a step that goes too far is shortened (``target_kl``). Then the baseline is
+    fitted to the batch.
 
     Papers: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4.
 
@@ -102,7 +103,8 @@ class REINFORCE(OnPolicyAlgorithm):
         Gaussian actions, whose noise is a parameter of its own
     :param bounds_coef: Coefficient of :func:`bounds_loss` for the loss calculation, at least 0: means of Gaussian actions that
         have gone beyond the bounds of the action space come back to where exploration has an effect. Raise it if a policy gets
-        stuck with actions at their bounds; 0 for the plain policy gradient. Squashed actions are left alone
+        stuck with actions at their bounds; 0 for the plain policy gradient. Actions that are squashed, or lack one of the
+        bounds, are left alone
     :param max_grad_norm: The maximum value for the gradient clipping (above 0), None for no clipping
     :param target_kl: Largest Kullback-Leibler divergence, in nats per transition (above 0), that the gradient step may take
         the policy from the one that has collected the batch: a step that goes further is shortened, its direction kept. (What
@@ -408,30 +410,32 @@ class REINFORCE(OnPolicyAlgorithm):
         losses: dict[str, float] = defaultdict(float)
         log_probs = []
         self.policy.optimizer.zero_grad()
-        if isinstance(self.action_space, spaces.Box):
-            low, high = (
-                th.as_tensor(bound.flatten(), dtype=th.float32, device=self.device)
-                for bound in (self.action_space.low, self.action_space.high)
+        is_clipped = isinstance(self.action_space, spaces.Box) and not self.policy.squash_output
+        for batch, actions in self._chunks():
+            # What evaluating the actions does not make anew is not what they were evaluated with
+            self.policy.action_dist.distribution = None  # type: ignore[assignment]
+            with nan_explained():
+                _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+            share = len(log_prob) / len(self.rollout_buffer.rewards)
+            parts = dict(
+                policy_gradient_loss=-(batch.advantages * log_prob).mean(),
+                # Approximate the entropy when it has no analytical form
+                entropy_loss=log_prob.mean() if entropy is None else -entropy.mean(),
             )
-        with action_means(self.policy) as means:
-            for batch, actions in self._chunks():
-                means.clear()
-                with nan_explained():
-                    _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
-                share = len(log_prob) / len(self.rollout_buffer.rewards)
-                parts = dict(
-                    policy_gradient_loss=-(batch.advantages * log_prob).mean(),
-                    # Approximate the entropy when it has no analytical form
-                    entropy_loss=log_prob.mean() if entropy is None else -entropy.mean(),
+            loss = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
+            gaussian = self.policy.action_dist.distribution
+            if is_clipped and isinstance(gaussian, th.distributions.Normal):
+                low, high = (
+                    th.as_tensor(bound.flatten()).to(gaussian.mean)
+                    for bound in (self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
                 )
-                loss = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
-                if means:
-                    parts["bounds_loss"] = bounds_loss(means[0], low, high)
+                parts["bounds_loss"] = bounds_loss(gaussian.mean, gaussian.stddev.detach(), low, high)
+                if self.bounds_coef > 0:
                     loss = loss + self.bounds_coef * parts["bounds_loss"]
-                (share * loss).backward()
-                for name, part in parts.items():
-                    losses[name] += share * part.item()
-                log_probs.append(log_prob.detach())
+            (share * loss).backward()
+            for name, part in parts.items():
+                losses[name] += share * part.item()
+            log_probs.append(log_prob.detach())
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm).item()
         if not math.isfinite(grad_norm):

@@ -11,7 +11,7 @@ from torch import nn
 
 from sb3_reinforce import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_reinforce.baselines import LinearBaseline, QuadraticFeatures, RandomFeatures
-from sb3_reinforce.policies import ObservationNormalizer, action_means, baseline_features, baseline_inputs, chunk_size
+from sb3_reinforce.policies import ObservationNormalizer, baseline_features, baseline_inputs, chunk_size
 from tests.envs import RandomEnv
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
@@ -201,28 +201,3 @@ def test_what_the_baseline_is_asked_about_is_kept_for_a_while():
     policy.predict_values(observations)
     assert [array.shape for array in kept] == [(7, 3), (2, 3)]
     np.testing.assert_array_equal(kept[0], observations.numpy())
-
-
-@pytest.mark.parametrize(
-    ("action_space", "kwargs", "has_means"),
-    [
-        (CONTINUOUS, {}, True),
-        (CONTINUOUS, dict(use_sde=True), True),
-        (CONTINUOUS, dict(use_sde=True, squash_output=True), False),
-        (spaces.Discrete(3), {}, False),
-    ],
-)
-def test_means_are_kept_for_a_while_unless_actions_are_squashed_or_have_none(
-    action_space: spaces.Space, kwargs: dict, has_means: bool
-):
-    policy = MlpPolicy(VECTOR, action_space, schedule, **kwargs)
-    observations = th.randn(5, 3)
-    actions = th.as_tensor(np.stack([action_space.sample() for _ in range(5)]))
-    with action_means(policy) as means:
-        policy.evaluate_actions(observations, actions)
-    policy.evaluate_actions(observations, actions)
-    assert len(means) == has_means
-    if has_means:
-        assert th.equal(means[0], policy.get_distribution(observations).distribution.mean)
-        means[0].sum().backward()
-        assert policy.action_net.bias.grad.tolist() == [5, 5]

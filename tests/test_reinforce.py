@@ -12,6 +12,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
@@ -139,18 +140,27 @@ def test_is_the_articles_algorithm():
 def test_the_bounds_loss_is_the_squared_distance_beyond_the_bounds(data: st.DataObject):
     n_transitions, n_actions = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
     numbers = st.floats(-100, 100, width=32)
-    low = data.draw(st.lists(numbers | st.just(-np.inf), min_size=n_actions, max_size=n_actions))
-    high = [max(bound, data.draw(numbers | st.just(np.inf))) for bound in low]
+    low = data.draw(st.lists(st.integers(-100, 100) | st.just(-np.inf), min_size=n_actions, max_size=n_actions))
+    ranges = st.sampled_from([0.0, 0.125, 3.0, np.inf])
+    high = [data.draw(numbers | st.just(np.inf)) if bound == -np.inf else bound + data.draw(ranges) for bound in low]
+    stds = [[data.draw(st.floats(0.0625, 4, width=32)) for _ in range(n_actions)] for _ in range(n_transitions)]
     means = [[data.draw(numbers) for _ in range(n_actions)] for _ in range(n_transitions)]
-    expected = 0.0
-    for row in means:
-        for mean, lowest, highest in zip(row, low, high, strict=True):
-            half_range = (highest - lowest) / 2
-            if half_range > 0 and not lowest <= mean <= highest:
-                expected += ((min(abs(mean - lowest), abs(mean - highest))) / half_range) ** 2 / n_transitions
-    loss = bounds_loss(th.tensor(means, requires_grad=True), th.tensor(low), th.tensor(high))
+    expected, slopes = 0.0, np.zeros((n_transitions, n_actions))
+    for t, i in np.ndindex(n_transitions, n_actions):
+        scale = max((high[i] - low[i]) / 2, stds[t][i])
+        if means[t][i] > high[i]:
+            distance = means[t][i] - high[i]
+        elif means[t][i] < low[i]:
+            distance = means[t][i] - low[i]
+        else:
+            continue
+        expected += (distance / scale) ** 2 / n_transitions
+        slopes[t, i] = 2 * distance / scale**2 / n_transitions
+    tensor = th.tensor(means, requires_grad=True)
+    loss = bounds_loss(tensor, *(th.tensor(values, dtype=th.float32) for values in (stds, low, high)))
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(tensor.grad, slopes, rtol=1e-4)
 
 
 def test_defaults():
@@ -161,7 +171,8 @@ def test_defaults():
     assert (model.bootstrap_timeouts, model.normalize_observations) == (True, True)
     assert (model.ent_coef, model.bounds_coef, model.max_grad_norm, model.target_kl) == (0.0, 0.1, None, 0.01)
     # One default for actions that are choices, another for Gaussian ones; a given value is kept
-    assert REINFORCE("MlpPolicy", "CartPole-v1").ent_coef == 0.03
+    for space in (spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)):
+        assert REINFORCE("MlpPolicy", RandomEnv(spaces.Box(-1, 1, (3,)), space, 9)).ent_coef == 0.03
     assert REINFORCE("MlpPolicy", "CartPole-v1", ent_coef=0.0).ent_coef == 0.0
     # A policy that is made without the algorithm is the same
     for name in ("baseline", "baseline_memory", "normalize_observations"):
@@ -300,6 +311,50 @@ class TestUpdate:
 
         assert excess(bounds_coef=0.0) > 2 * 2.9**2
         assert excess() < 2 * 0.1**2
+
+    def test_a_narrow_range_does_not_outweigh_the_returns(self):
+        """The best action is beyond what the mean may be without a penalty, which must stay small beside noise of 0.47."""
+
+        class Bandit(ScriptedEnv):
+            action_space = spaces.Box(-0.05, 0.05, (1,))
+
+            def step(self, action: np.ndarray) -> Any:
+                observation, _, *rest = super().step(action)
+                return observation, float(action[0]), *rest
+
+        model = REINFORCE("MlpPolicy", Bandit([1]), n_steps=50, seed=0).learn(10_000)
+        # Of noise around 0, a half comes out at the upper bound
+        assert np.mean(model.rollout_buffer.rewards) > 0.035
+
+    def test_policies_with_other_outputs_of_their_action_net_are_asked_for_their_means(self):
+        class WithStd(ActorCriticPolicy):
+            """The action net returns means and logarithms of standard deviations."""
+
+            def _build(self, lr_schedule: Any) -> None:
+                super()._build(lr_schedule)
+                self.action_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 4)
+                with th.no_grad():
+                    self.action_net.weight.zero_()
+                    self.action_net.bias.copy_(th.tensor([3.0, 0.0, -1.0, 5.0]))
+                self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1))
+
+            def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+                mean, log_std = self.action_net(latent_pi).chunk(2, dim=1)
+                self.action_dist.distribution = th.distributions.Normal(mean, log_std.clamp(-5, 0).exp())
+                return self.action_dist
+
+        model = REINFORCE(WithStd, ScriptedEnv([4]), n_steps=8, learning_rate=1e-3, seed=0).learn(8)
+        # Means of 3 and 0 for bounds of -1 and 1
+        assert model.logger.name_to_value["train/bounds_loss"] == pytest.approx(4.0)
+
+    @pytest.mark.parametrize(
+        ("action_space", "kwargs"),
+        [(spaces.Box(-1, 1, (2,)), dict(use_sde=True, policy_kwargs=dict(squash_output=True))), (spaces.Discrete(3), {})],
+    )
+    def test_actions_that_are_not_clipped_have_no_bounds_loss(self, action_space: spaces.Space, kwargs: dict[str, Any]):
+        model = REINFORCE("MlpPolicy", RandomEnv(spaces.Box(-1, 1, (3,)), action_space, 9), n_steps=8, **kwargs).learn(8)
+        assert "train/bounds_loss" not in model.logger.name_to_value
+        assert "train/entropy_loss" in model.logger.name_to_value
 
     def test_advantages_are_normalised_only_if_asked_for(self):
         plain, normalised = self.gradient(normalize_advantage=False), self.gradient()
