@@ -464,11 +464,11 @@ class TestLogger:
         printed = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")}
         assert {key.split("/")[1] for key in KEYS} <= printed
 
-    def test_there_is_no_standard_deviation_of_discrete_actions(self, tmp_path):
+    def test_discrete_actions_have_neither_standard_deviation_nor_bounds(self, tmp_path):
         model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=20, seed=0)
         model.set_logger(configure(str(tmp_path), ["csv"]))
         model.learn(200)
-        assert set(read_csv(tmp_path)[-1]) == KEYS - {"train/std"}
+        assert set(read_csv(tmp_path)[-1]) == KEYS - {"train/std", "train/bounds_loss"}
 
     def test_values_are_those_of_the_batch(self, tmp_path):
         model = make_model(policy_kwargs=dict(log_std_init=0.0))
