@@ -99,7 +99,7 @@ class REINFORCE(OnPolicyAlgorithm):
         n_envs`` transitions have been collected in all, and all of them are finished. Fewer make more but noisier updates
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
     :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early. None
-        stands for 0.01 where actions are choices, one of which may otherwise die out before it is needed, and for 0 for
+        stands for 0.03 where actions are choices, one of which may otherwise die out before it is needed, and for 0 for
         Gaussian actions, whose noise is a parameter of its own
     :param bounds_coef: Coefficient of :func:`bounds_loss` for the loss calculation, at least 0: means of Gaussian actions that
         have gone beyond the bounds of the action space come back to where exploration has an effect. Raise it if a policy gets
@@ -260,7 +260,7 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         if self.ent_coef is None:
-            self.ent_coef = 0.0 if isinstance(self.action_space, spaces.Box) else 0.01
+            self.ent_coef = 0.0 if isinstance(self.action_space, spaces.Box) else 0.03
         check_hyperparameters(self)
         self._setup_lr_schedule()
         check_learning_rate(self.lr_schedule(1.0), 1.0)

@@ -172,7 +172,7 @@ def test_defaults():
     assert (model.ent_coef, model.bounds_coef, model.max_grad_norm, model.target_kl) == (0.0, 0.1, None, 0.01)
     # One default for actions that are choices, another for Gaussian ones; a given value is kept
     for space in (spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)):
-        assert REINFORCE("MlpPolicy", RandomEnv(spaces.Box(-1, 1, (3,)), space, 9)).ent_coef == 0.01
+        assert REINFORCE("MlpPolicy", RandomEnv(spaces.Box(-1, 1, (3,)), space, 9)).ent_coef == 0.03
     assert REINFORCE("MlpPolicy", "CartPole-v1", ent_coef=0.0).ent_coef == 0.0
     # A policy that is made without the algorithm is the same
     for name in ("baseline", "baseline_memory", "normalize_observations"):
