@@ -1,9 +1,8 @@
 """
 State-value baselines that are linear in fixed features and fitted in closed form.
 
-A baseline is two modules: a feature map without trained weights, and :class:`LinearBaseline` on top of it, whose weights
-are the least-squares solution for the returns of the latest batch (or of a fading memory of batches). Nothing here is a
-``Parameter``: everything is a buffer, so that it is saved with the policy and out of the optimiser's reach.
+A baseline is two modules: a feature map without trained weights, and :class:`LinearBaseline` on top of it. Nothing here is a
+``Parameter``: everything is a buffer, so that it is saved with the policy and out of the optimizer's reach.
 """
 
 from typing import NamedTuple
@@ -12,13 +11,16 @@ import numpy as np
 import torch as th
 from torch import nn
 
-#: Squared singular values of the standardised features below this share of the largest count as zero. The normal equations
-#: square the condition number, so that this treats as collinear what float32 features cannot tell apart from it.
+#: Most features that a fit works with: random projections stand for more. It takes time in proportion to the cube of this
+#: number, and memory to its square.
+MAX_FEATURES = 384
+
+#: Squared singular values of the standardized features below this fraction of the largest count as zero: float32 features
+#: cannot tell them apart from collinear ones.
 _RANK_TOLERANCE = 1e-12
 
-#: A feature whose standard deviation is below this share of its mean is a constant up to rounding.
+#: A feature whose standard deviation is below this fraction of its mean is constant up to rounding.
 _CONSTANT_TOLERANCE = 1e-10
-
 
 #: Samples that are worked on at once: few enough to stay in the processor's cache.
 _BLOCK = 2048
@@ -32,22 +34,43 @@ class Moments(NamedTuple):
     scatter: np.ndarray
 
 
+class RandomProjection(nn.Module):
+    """
+    Fixed random projections of many features: every feature goes, with a random sign, into the sum of one of the outputs
+    (count sketch: Charikar et al., 2002; Weinberger et al., 2009, "Feature hashing for large scale multitask learning").
+
+    Scalar products are kept in the mean, as by a dense random matrix, in time and memory proportional to the features alone.
+
+    :param in_features: number of features n
+    :param out_features: number of projections, (batch, n) features become (batch, out_features)
+    """
+
+    index: th.Tensor
+    sign: th.Tensor
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.out_features = out_features
+        self.register_buffer("index", th.randint(out_features, (in_features,), dtype=th.int32))
+        self.register_buffer("sign", 2 * th.randint(2, (in_features,), dtype=th.int8) - 1)
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        projections = features.new_zeros(len(features), self.out_features)
+        return projections.index_add_(1, self.index, features * self.sign)
+
+
 class QuadraticFeatures(nn.Module):
     """
     The features and their squares: the baseline of rllab (Duan et al., 2016) without its powers of time.
 
-    :param features_dim: number of features n; the map returns 2 n
+    :param in_features: number of features n, (batch, n) features become (batch, 2 n)
     """
 
-    def __init__(self, features_dim: int):
+    def __init__(self, in_features: int):
         super().__init__()
-        self.out_features = 2 * features_dim
+        self.out_features = 2 * in_features
 
     def forward(self, features: th.Tensor) -> th.Tensor:
-        """
-        :param features: (batch, n)
-        :return: (batch, 2 n)
-        """
         return th.cat([features, features**2], dim=-1)
 
 
@@ -59,53 +82,63 @@ class RandomFeatures(nn.Module):
     The weights are standard normal and the biases uniform in [-pi, pi], drawn once from PyTorch's generator: an input of
     unit scale, as ``normalize_observations`` makes it, reaches both the linear and the saturated part of the units.
 
-    :param features_dim: number of features n; the map returns n + n_random
-    :param n_random: number of random units; more explain more of the returns and cost a larger linear system
+    :param in_features: number of features n, (batch, n) features become (batch, n + n_units)
+    :param n_units: number of random units; more explain more of the returns and cost a larger linear system
     """
 
     weight: th.Tensor
     bias: th.Tensor
 
-    def __init__(self, features_dim: int, n_random: int = 128):
+    def __init__(self, in_features: int, n_units: int = 128):
         super().__init__()
-        self.out_features = features_dim + n_random
-        self.register_buffer("weight", th.randn(n_random, features_dim))
-        self.register_buffer("bias", np.pi * (2 * th.rand(n_random) - 1))
+        self.out_features = in_features + n_units
+        self.register_buffer("weight", th.randn(n_units, in_features))
+        self.register_buffer("bias", np.pi * (2 * th.rand(n_units) - 1))
 
     def forward(self, features: th.Tensor) -> th.Tensor:
-        """
-        :param features: (batch, n)
-        :return: (batch, n + n_random)
-        """
         return th.cat([features, th.tanh(nn.functional.linear(features, self.weight, self.bias))], dim=-1)
 
 
-def solve_standardised(gram: np.ndarray, moment: np.ndarray, ridge: float) -> np.ndarray:
+class NoBaseline(nn.Module):
+    """In the place of a :class:`LinearBaseline`: expects a return of 0 everywhere, and learns nothing."""
+
+    def project(self, features: th.Tensor) -> th.Tensor:
+        return features.new_empty(len(features), 0)
+
+    def predict(self, features: th.Tensor) -> th.Tensor:
+        return features.new_zeros(len(features), 1, dtype=th.float64)
+
+    forward = predict
+
+    def fit(self, features: np.ndarray, returns: np.ndarray) -> None:
+        pass
+
+
+def solve_standardized(gram: np.ndarray, moment: np.ndarray, ridge: float) -> np.ndarray:
     """
     Minimum-norm solution w of ``(gram + ridge I) w = moment``, ignoring directions in which the gram matrix has no extent.
 
     :param gram: (n, n) symmetric, positive semi-definite
-    :param moment: (n,) or (n, k)
+    :param moment: (n,)
     :param ridge: at least 0, in the unit of gram
-    :return: same shape as moment
+    :return: (n,)
     """
     eigenvalues, eigenvectors = np.linalg.eigh(gram)
     kept = eigenvalues > _RANK_TOLERANCE * max(eigenvalues[-1], 0.0)
     basis = eigenvectors[:, kept]
-    return basis @ ((basis.T @ moment).T / (eigenvalues[kept] + ridge)).T
+    return basis @ (basis.T @ moment / (eigenvalues[kept] + ridge))
 
 
 class LinearBaseline(nn.Module):
     """
     Least-squares regression of returns on features, ``v(s) = w . features(s) + b``; zero until the first fit.
 
-    The fit minimises the mean squared error plus ``ridge`` times the squared norm of the weights, both in units of each
-    feature's standard deviation, with a free intercept: it depends neither on the units of the features nor on the size of
-    the batch. Constant features get no weight, and among equally good solutions (collinear features, or more features than
-    samples) the one with the smallest norm is taken. It equals scikit-learn's ``LinearRegression``, or
-    ``Ridge(alpha=ridge * n_samples)`` behind a ``StandardScaler``.
+    The fit minimizes the mean squared error plus ``ridge`` times the squared norm of the weights, both in units of each
+    feature's standard deviation, with a free intercept. Constant features get no weight, and among equally good solutions
+    (collinear features, or more features than samples) the one with the smallest norm is taken. It equals scikit-learn's
+    ``LinearRegression``, or ``Ridge(alpha=ridge * n_samples)`` behind a ``StandardScaler``.
 
-    :param in_features: number of features n
+    :param in_features: number of features n; of more than ``MAX_FEATURES``, random projections are used
     :param ridge: at least 0, dimensionless; 0 is ordinary least squares. Raise it when the features are many and noisy
     :param memory: in [0, 1), weight of the batches before the latest one, per batch; 0 forgets them. Raise it when one batch
         holds too few episodes to fit all features
@@ -125,23 +158,31 @@ class LinearBaseline(nn.Module):
     def __init__(self, in_features: int, ridge: float = 0.0, memory: float = 0.0, truncate: bool = False):
         super().__init__()
         self.in_features = in_features
+        self.project = RandomProjection(in_features, MAX_FEATURES) if in_features > MAX_FEATURES else nn.Identity()
+        n_features = min(in_features, MAX_FEATURES)
         self.ridge = ridge
         self.memory = memory
         self.truncate = truncate
-        self.register_buffer("weight", th.zeros(1, in_features, dtype=th.float64))
+        self.register_buffer("weight", th.zeros(1, n_features, dtype=th.float64))
         self.register_buffer("bias", th.zeros(1, dtype=th.float64))
         if truncate:
             self.register_buffer("low", th.zeros((), dtype=th.float64))
             self.register_buffer("high", th.zeros((), dtype=th.float64))
         if memory > 0:
-            # Sufficient statistics of [features, return] over the batches remembered
+            # Sufficient statistics of [features, return] over the batches remembered; of the symmetric scatter matrix, the
+            # upper triangle row by row
+            n_joint = n_features + 1
             self.register_buffer("count", th.zeros((), dtype=th.float64))
-            self.register_buffer("mean", th.zeros(in_features + 1, dtype=th.float64))
-            self.register_buffer("scatter", th.zeros(in_features + 1, in_features + 1, dtype=th.float64))
+            self.register_buffer("mean", th.zeros(n_joint, dtype=th.float64))
+            self.register_buffer("scatter", th.zeros(n_joint * (n_joint + 1) // 2, dtype=th.float64))
 
     def forward(self, features: th.Tensor) -> th.Tensor:
+        """Predict the returns of (batch, n) features, see :meth:`predict`."""
+        return self.predict(self.project(features))
+
+    def predict(self, features: th.Tensor) -> th.Tensor:
         """
-        :param features: (batch, n)
+        :param features: (batch, n_features) as :attr:`project` returns them: the features, or random projections of them
         :return: (batch, 1) predicted returns, float64
         """
         values = nn.functional.linear(features.double(), self.weight, self.bias)
@@ -151,27 +192,24 @@ class LinearBaseline(nn.Module):
         """
         Replace the weights by the fit to a batch (and the batches remembered).
 
-        :param features: (n_samples, n) finite
+        :param features: (n_samples, n_features) as :attr:`project` returns them, finite
         :param returns: (n_samples,) finite
         :raises ValueError: without a sample, or when something is not finite; the weights then stay as they were
         """
         features, returns = np.asarray(features), np.asarray(returns, dtype=np.float64)
-        if features.shape != (len(returns), self.in_features) or len(returns) == 0:
+        n_features = self.weight.shape[1]
+        if features.shape != (len(returns), n_features) or len(returns) == 0:
             raise ValueError(
-                f"The baseline needs at least one sample of {self.in_features} features and a return each, "
+                f"The baseline needs at least one sample of {n_features} features and a return each, "
                 f"got features of shape {features.shape} and returns of shape {returns.shape}"
             )
         # Products that overflow are as bad as features that are not finite
         with np.errstate(over="ignore", invalid="ignore"):
-            wide = self.memory == 0 and self.in_features > len(returns)
-            moments = None if wide else _moments(features, returns)
-            finite = np.isfinite(features).all() and np.isfinite(returns).all() if moments is None else _are_finite(moments)
-        if not finite:
+            moments = _moments(features, returns)
+        # A single sample that is not finite makes its mean, and the scatter of its feature, not finite either
+        if not (np.isfinite(moments.mean).all() and np.isfinite(moments.scatter).all()):
             raise ValueError("The baseline cannot be fitted to features or returns that are NaN, infinite or near overflow")
-        if moments is None:
-            weight, bias = _fit_wide(features.astype(np.float64), returns, self.ridge)
-        else:
-            weight, bias = _fit_moments(self._remember(moments), self.ridge)
+        weight, bias = _fit_moments(self._remember(moments), self.ridge)
         self.weight.copy_(th.as_tensor(weight)[None])
         self.bias.fill_(bias)
         if self.truncate:
@@ -182,11 +220,14 @@ class LinearBaseline(nn.Module):
         """Merge the moments of a batch into the fading memory, if there is one."""
         if self.memory == 0:
             return moments
-        old = Moments(self.count.item(), self.mean.cpu().numpy(), self.scatter.cpu().numpy())
-        merged = _merge(Moments(self.memory * old.n_samples, old.mean, self.memory * old.scatter), moments)
+        upper = np.triu_indices(len(moments.mean))
+        scatter = np.zeros_like(moments.scatter)
+        scatter[upper] = self.memory * self.scatter.cpu().numpy()
+        scatter.T[upper] = scatter[upper]
+        merged = _merge(Moments(self.memory * self.count.item(), self.mean.cpu().numpy(), scatter), moments)
         self.count.fill_(merged.n_samples)
         self.mean.copy_(th.as_tensor(merged.mean))
-        self.scatter.copy_(th.as_tensor(merged.scatter))
+        self.scatter.copy_(th.as_tensor(merged.scatter[upper]))
         return merged
 
 
@@ -213,41 +254,21 @@ def _merge(first: Moments, second: Moments) -> Moments:
     return Moments(n_samples, mean, scatter)
 
 
-def _are_finite(moments: Moments) -> bool:
-    """Whether all samples were: a single one that is not makes its mean, and the scatter of its feature, not finite either."""
-    return bool(np.isfinite(moments.mean).all() and np.isfinite(moments.scatter).all())
-
-
-def _standard_deviations(variances: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Square root of the variances, infinite for features that are constant, so that dividing by it silences them."""
-    std = np.sqrt(variances)
-    return np.where(std > _CONSTANT_TOLERANCE * np.abs(means), std, np.inf)
-
-
 def _fit_moments(moments: Moments, ridge: float) -> tuple[np.ndarray, float]:
     """Weights and intercept from the moments of the joint samples: one solve of an (n, n) system."""
     n_samples, mean, scatter = moments
-    std = _standard_deviations(np.diag(scatter)[:-1] / n_samples, mean[:-1])
+    std = np.sqrt(np.diag(scatter)[:-1] / n_samples)
+    # Dividing by infinity silences features that are constant
+    std = np.where(std > _CONSTANT_TOLERANCE * np.abs(mean[:-1]), std, np.inf)
     correlation = scatter[:-1, :-1] / n_samples / np.outer(std, std)
-    weight = solve_standardised(correlation, scatter[:-1, -1] / n_samples / std, ridge) / std
+    weight = solve_standardized(correlation, scatter[:-1, -1] / n_samples / std, ridge) / std
     return weight, mean[-1] - weight @ mean[:-1]
 
 
-def _fit_wide(features: np.ndarray, returns: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
-    """The same from the samples themselves, for more features than samples: one solve of an (n_samples, n_samples) system."""
-    mean = features.mean(axis=0)
-    std = _standard_deviations(features.var(axis=0), mean)
-    standardised = (features - mean) / std
-    kernel = standardised @ standardised.T / len(returns)
-    centred = returns - returns.mean()
-    weight = standardised.T @ solve_standardised(kernel, centred / len(returns), ridge) / std
-    return weight, returns.mean() - weight @ mean
-
-
-#: ``baseline=`` -> (feature map on n features or None for the features themselves, ridge). The ridge of the richer maps only
-#: has to keep their nearly collinear features from fitting noise.
+#: ``baseline=`` -> feature map on n features (None for the features themselves), and ridge unless ``baseline_kwargs`` has
+#: another. That of the richer maps only has to keep their nearly collinear features from fitting noise.
 FEATURE_MAPS: dict[str, tuple[type[QuadraticFeatures] | type[RandomFeatures] | None, float]] = {
     "linear": (None, 0.0),
     "quadratic": (QuadraticFeatures, 1e-5),
-    "random": (RandomFeatures, 1e-3),
+    "random_features": (RandomFeatures, 1e-3),
 }

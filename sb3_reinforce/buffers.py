@@ -1,6 +1,5 @@
 """A rollout buffer that holds whole episodes of any length from any number of environments."""
 
-import sys
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.type_aliases import TensorDict
 
-from sb3_reinforce.returns import batch_normalise, discounted_returns
+from sb3_reinforce.returns import discounted_returns
 
 _NOT_FINISHED = "The rollout is not finished: there are no whole episodes to learn from"
 
@@ -30,11 +29,9 @@ class EpisodeRolloutBuffer(RolloutBuffer):
     """
     Rollout buffer for whole episodes, for vector, image and dictionary observations.
 
-    While a rollout lasts, :meth:`add` stores one row a step with an entry for each environment. :meth:`finish` then lines
-    up what was stored, environment by environment, so that every episode is contiguous, and
-    :meth:`compute_returns_and_advantage` adds the returns. From there on ``observations`` (a dictionary of arrays for
-    ``Dict`` spaces), ``actions``, ``rewards``, ``episode_starts``, ``values``, ``returns`` and ``advantages`` are arrays of
-    ``n_transitions`` rows. Subclass it to use your own (``rollout_buffer_class``).
+    While a rollout lasts, :meth:`add` stores one row a step with an entry for each environment. :meth:`finish` then makes
+    every episode contiguous, environment by environment: ``observations`` (a dictionary of arrays for ``Dict`` spaces),
+    ``actions``, ``rewards``, ``episode_starts``, ``values``, ``returns`` and ``advantages`` have ``n_transitions`` rows.
 
     :param buffer_size: number of steps to make room for at first; the buffer grows when episodes need more
     :param observation_space: Observation space
@@ -63,13 +60,14 @@ class EpisodeRolloutBuffer(RolloutBuffer):
 
     def reset(self) -> None:
         """Forget all transitions; the memory is kept for the next rollout."""
-        self.pos = self._n_values = 0
+        self.pos = 0
         self.full = False
         if not self._rows:
-            self._make_room(self.buffer_size)
+            # The last episodes end beyond it. Memory that is not used costs nothing
+            self._make_room(2 * self.buffer_size)
 
     def _make_room(self, n_rows: int) -> None:
-        """Allocate ``n_rows`` rows and move there what has been added so far."""
+        """Allocate rows and move there what has been added so far."""
 
         def allocate(old: np.ndarray | None, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             new = np.empty((n_rows, self.n_envs, *shape), dtype=dtype)
@@ -82,7 +80,6 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         for name, shape, dtype in (
             ("actions", self.action_space.shape or (), action_dtype),
             ("rewards", (), np.float64),
-            ("values", (), np.float64),
             ("episode_starts", (), bool),
             ("active", (), bool),
         ):
@@ -97,7 +94,6 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         reward: np.ndarray,
         episode_start: np.ndarray,
         active: np.ndarray,
-        values: np.ndarray | None = None,
     ) -> None:
         """
         Add one step of all environments.
@@ -107,96 +103,78 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         :param reward: (n_envs,) rewards
         :param episode_start: (n_envs,) whether the observation is the first of its episode
         :param active: (n_envs,) False for environments that are idle, whose entries are left out
-        :param values: (n_envs,) the baseline's values of obs, where acting has brought them along; None leaves them to a pass
-            over the whole batch
         """
-        if self.pos == len(self._rows["rewards"]):
-            self._make_room(2 * self.pos)
-        for key, rows in self._observation_rows.items():
-            rows[self.pos] = obs[key] if isinstance(obs, dict) else obs
-        self._rows["actions"][self.pos] = action
-        self._rows["rewards"][self.pos] = reward
-        self._rows["episode_starts"][self.pos] = episode_start
-        self._rows["active"][self.pos] = active
-        if values is not None:
-            self._rows["values"][self.pos] = values
-            self._n_values += 1
-        self.pos += 1
+        pos, rows = self.pos, self._rows
+        if pos == len(rows["rewards"]):
+            self._make_room(2 * pos)
+        for key, observation_rows in self._observation_rows.items():
+            observation_rows[pos] = obs[key] if isinstance(obs, dict) else obs
+        rows["actions"][pos] = action
+        rows["rewards"][pos] = reward
+        rows["episode_starts"][pos] = episode_start
+        rows["active"][pos] = active
+        self.pos = pos + 1
 
     def finish(self) -> None:
-        """Line up the transitions of the rollout, environment by environment, now that all its episodes are over."""
+        """Make the episodes of the rollout contiguous, now that all of them are over."""
         active = self._rows["active"][: self.pos].T
         # Let go of the last rollout's before there are new ones: images take much memory
         self.observations = {}
 
-        def line_up(rows: np.ndarray) -> np.ndarray:
-            # A single environment is never idle and needs no lining up, so no copy either
+        def flatten(rows: np.ndarray) -> np.ndarray:
+            # SB3's swap_and_flatten() without the entries of idle environments. A single one is never idle: no copy either
             return rows[: self.pos, 0] if self.n_envs == 1 else rows[: self.pos].swapaxes(0, 1)[active]
 
         self.actions, self.rewards, self.episode_starts = (
-            line_up(self._rows[name]) for name in ("actions", "rewards", "episode_starts")
+            flatten(self._rows[name]) for name in ("actions", "rewards", "episode_starts")
         )
-        #: (n_transitions,) None until they are known
-        self.values = line_up(self._rows["values"]) if self._n_values == self.pos else None  # type: ignore[assignment]
         self.actions = self.actions.reshape((-1, self.action_dim))
         observations = {
-            key: line_up(rows).reshape((-1, *get_obs_shape(self._spaces[key]))) for key, rows in self._observation_rows.items()
+            key: flatten(rows).reshape((-1, *get_obs_shape(self._spaces[key]))) for key, rows in self._observation_rows.items()
         }
         self.observations = observations if isinstance(self.observation_space, spaces.Dict) else observations[""]
+        self.values, self.returns, self.advantages = np.zeros((3, len(self.rewards)))
         self.full = True
 
     def compute_returns_and_advantage(self, values: np.ndarray) -> None:  # type: ignore[override]
         """
-        Compute the Monte-Carlo returns, and how far each is above the baseline, for all transitions at once.
+        Compute the Monte-Carlo returns, and how far each is above the baseline.
 
-        :param values: (n_transitions,) baseline of each observation, in the order of ``observations``
+        :param values: (n_transitions,) baseline of each observation
         """
         self.values = values
         self.returns = discounted_returns(self.rewards, self.episode_starts, self.gamma)
         self.advantages = self.returns - values
 
-    def normalize_advantages(self) -> None:
-        """Give the advantages mean 0 and standard deviation 1 over the whole rollout."""
-        self.advantages = batch_normalise(self.advantages)
+    def size(self) -> int:
+        """Number of transitions; of steps of all environments while the rollout lasts."""
+        return len(self.rewards) if self.full else self.pos
 
     def get(self, batch_size: int | None = None) -> Generator[EpisodeBufferSamples, None, None]:  # type: ignore[override]
         """
-        :param batch_size: transitions a batch, drawn without replacement; None for a single batch of all, in order
-        :return: a generator of batches
-        """
-        if batch_size is None:
-            yield from self.chunks(sys.maxsize)
-            return
-        assert self.full, _NOT_FINISHED
-        shuffled = np.random.permutation(len(self.rewards))
-        for start in range(0, len(shuffled), batch_size):
-            yield self._get_samples(shuffled[start : start + batch_size])
+        All transitions once, in order: they make up one gradient step, for which their order means nothing.
 
-    def chunks(self, size: int) -> Generator[EpisodeBufferSamples, None, None]:
-        """
-        :param size: transitions a chunk, at least 1
-        :return: a generator of all transitions in order, as many as that at a time
+        :param batch_size: transitions at a time, at least 1; None for all
+        :return: a generator of consecutive transitions
         """
         assert self.full, _NOT_FINISHED
-        for start in range(0, len(self.rewards), size):
-            yield self._get_samples(slice(start, start + size))  # type: ignore[arg-type]
+        size = batch_size or self.size()
+        for start in range(0, self.size(), size):
+            yield self._get_samples(slice(start, start + size))
 
-    def observation_chunks(self, size: int) -> Generator[th.Tensor | TensorDict, None, None]:
-        """
-        :param size: transitions a chunk, at least 1
-        :return: a generator of the observations alone, for which no returns are needed
-        """
-        for start in range(0, len(self.rewards), size):
-            yield self._get_observations(slice(start, start + size))
+    def sample(self, batch_size: int, env: Any = None) -> EpisodeBufferSamples:
+        """Transitions drawn with replacement from NumPy's global generator, as in SB3."""
+        assert self.full, _NOT_FINISHED
+        return self._get_samples(np.random.randint(0, self.size(), size=batch_size))
 
-    def _get_observations(self, batch_inds: np.ndarray | slice) -> Any:
-        if isinstance(self.observations, dict):
-            return {key: self.to_torch(obs[batch_inds]) for key, obs in self.observations.items()}
-        return self.to_torch(self.observations[batch_inds])
-
-    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> EpisodeBufferSamples:  # type: ignore[override]
+    def _get_samples(self, batch_inds: np.ndarray | slice, env: Any = None) -> EpisodeBufferSamples:  # type: ignore[override]
+        observations: Any = (
+            {key: self.to_torch(obs[batch_inds]) for key, obs in self.observations.items()}
+            if isinstance(self.observations, dict)
+            else self.to_torch(self.observations[batch_inds])
+        )
         others = (self.actions, self.values, self.advantages, self.returns)
         # What is too large for float32 becomes infinite, which the update refuses
         with np.errstate(over="ignore"):
             tensors = [self.to_torch(array[batch_inds].astype(np.float32, copy=False)) for array in others]
-        return EpisodeBufferSamples(self._get_observations(batch_inds), *tensors)
+        return EpisodeBufferSamples(observations, *tensors)

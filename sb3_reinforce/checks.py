@@ -1,15 +1,16 @@
 """What REINFORCE refuses: arguments out of their range, spaces it cannot act in, files that are none of its models."""
 
+import inspect
 import io
 import json
 import math
 import pathlib
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import open_path
 
@@ -17,16 +18,25 @@ from sb3_reinforce.baselines import FEATURE_MAPS
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
 from sb3_reinforce.policies import MlpPolicy
 
+#: What a model file says of itself, under the name ``file_format``. The number grows when older files cannot be loaded.
+FILE_FORMAT = "sb3_reinforce.REINFORCE 1"
+
 _RESHAPE = "wrap the environment, with TransformObservation or TransformAction of gymnasium.wrappers for instance"
-ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+_ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+def _is_real(value: Any, minimum: float = -math.inf) -> bool:
+    return isinstance(value, (int, float, np.number)) and math.isfinite(value) and bool(value >= minimum)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise a ValueError if a value is neither None nor an integer of at least 1."""
+    if value is not None and not _is_count(value):
+        raise ValueError(f"{name} must be an integer of at least 1, or None, got {name}={value!r}")
 
 
 def check_hyperparameters(model: Any) -> None:
@@ -44,40 +54,45 @@ def check_hyperparameters(model: Any) -> None:
             "Exactly one of n_steps and n_episodes says how much to collect for an update, the other is None; "
             f"got n_steps={model.n_steps}, n_episodes={model.n_episodes}"
         )
-    for name in ("n_steps", "n_episodes"):
-        check(name, getattr(model, name) is None or _is_count(getattr(model, name)), "an integer of at least 1")
-    for name in ("max_episode_steps", "_stats_window_size"):
-        check(name, _is_count(getattr(model, name)), "an integer of at least 1")
+    for name in ("n_steps", "n_episodes", "max_episode_steps"):
+        check_count(name, getattr(model, name))
+    check("_stats_window_size", _is_count(model._stats_window_size), "an integer of at least 1")
     check("gamma", _is_real(model.gamma) and 0 < model.gamma <= 1, "in (0, 1]")
     for name in ("ent_coef", "bounds_coef"):
-        check(name, _is_real(getattr(model, name)) and getattr(model, name) >= 0, "finite and at least 0")
+        check(name, _is_real(getattr(model, name), minimum=0), "finite and at least 0")
     rate = model.learning_rate
-    check("learning_rate", callable(rate) or (_is_real(rate) and rate >= 0), "a schedule, or finite and at least 0")
+    check(
+        "learning_rate", callable(rate) or isinstance(rate, str) or _is_real(rate, 0), "a schedule, or finite and at least 0"
+    )
     for name in ("max_grad_norm", "target_kl"):
         limit = getattr(model, name)
         check(name, limit is None or (_is_real(limit) and limit > 0), "finite and above 0, or None for no limit")
     check("baseline", model.baseline is None or model.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
-    check("baseline_memory", _is_real(model.baseline_memory) and 0 <= model.baseline_memory < 1, "in [0, 1)")
+    check("baseline_memory", _is_real(model.baseline_memory, 0) and model.baseline_memory < 1, "in [0, 1)")
+    allowed = {None: set(), "random_features": {"ridge", "n_units"}}.get(model.baseline, {"ridge"})
+    check("baseline_kwargs", model.baseline_kwargs.keys() <= allowed, f"a dictionary of {sorted(allowed)} with this baseline")
+    is_valid = _is_real(model.baseline_kwargs.get("ridge", 0), 0) and _is_count(model.baseline_kwargs.get("n_units", 1))
+    check("baseline_kwargs", is_valid, "a ridge that is finite and at least 0, and n_units that are an integer of at least 1")
     buffer = model.rollout_buffer_class
     is_buffer = buffer is None or (isinstance(buffer, type) and issubclass(buffer, EpisodeRolloutBuffer))
     check("rollout_buffer_class", is_buffer, "a subclass of sb3_reinforce.buffers.EpisodeRolloutBuffer")
-    is_policy = issubclass(model.policy_class, ActorCriticPolicy) and not issubclass(
-        model.policy_class, RecurrentActorCriticPolicy
-    )
-    check("policy_class", is_policy, "a subclass of SB3's ActorCriticPolicy that is not recurrent")
     if not issubclass(model.policy_class, MlpPolicy):
         policy = f"{model.policy_class.__name__}: a policy of sb3_reinforce (or a subclass) is needed for anything else"
-        check("baseline", model.baseline in ("linear", "random", None), f"'linear', 'random' or None with {policy}")
+        check("baseline", model.baseline != "quadratic", f"'linear', 'random_features' or None with {policy}")
+        check("baseline_kwargs", "n_units" not in model.baseline_kwargs, f"without n_units with {policy}")
         check("normalize_observations", not model.normalize_observations, f"False with {policy}")
 
 
+def check_policy_class(policy_class: type[BasePolicy]) -> None:
+    """Raise a ValueError if a class is that of no actor-critic policy, or of a recurrent one."""
+    is_actor_critic = isinstance(policy_class, type) and issubclass(policy_class, ActorCriticPolicy)
+    if not is_actor_critic or "lstm_states" in inspect.signature(policy_class.forward).parameters:
+        raise ValueError(f"policy must be a subclass of SB3's ActorCriticPolicy that is not recurrent, got {policy_class}")
+
+
 def check_learning_rate(learning_rate: float, progress_remaining: float) -> None:
-    """
-    :param learning_rate: what a schedule gives
-    :param progress_remaining: where it does so, from 1 at the beginning to 0 at the end
-    :raises ValueError: if that is no learning rate
-    """
-    if not (math.isfinite(learning_rate) and learning_rate >= 0):
+    """Raise a ValueError if what a schedule gives at some progress (from 1 to 0) is no learning rate."""
+    if not _is_real(learning_rate, minimum=0):
         raise ValueError(
             f"learning_rate must be finite and at least 0, but the schedule gives {learning_rate} "
             f"at progress_remaining={progress_remaining}"
@@ -85,15 +100,11 @@ def check_learning_rate(learning_rate: float, progress_remaining: float) -> None
 
 
 def check_spaces(model: Any, policy: str | type[BasePolicy]) -> None:
-    """
-    :param model: the algorithm: has the spaces, and what is to be done in them
-    :param policy: as it was given to the constructor
-    :raises ValueError: naming the space that is not supported
-    """
+    """Raise a ValueError that names the space of the model which it does not support, or not with the policy given."""
     action_space = model.action_space
-    if not isinstance(action_space, ACTION_SPACES):
+    if not isinstance(action_space, _ACTION_SPACES):
         raise ValueError(
-            f"REINFORCE supports the action spaces {', '.join(space.__name__ for space in ACTION_SPACES)}, "
+            f"REINFORCE supports the action spaces {', '.join(space.__name__ for space in _ACTION_SPACES)}, "
             f"but the environment has {action_space}"
         )
     is_dict = isinstance(model.observation_space, spaces.Dict)
@@ -126,34 +137,42 @@ def _check_space(space: spaces.Space, kind: str) -> None:
         raise ValueError(f"The {kind} space {space} is not one-dimensional: {_RESHAPE}")
 
 
-def check_model_file(path: str | pathlib.Path | io.BufferedIOBase, changes: dict[str, Any]) -> None:
+def read_model_file(
+    path: str | pathlib.Path | io.BufferedIOBase, changes: dict[str, Any]
+) -> tuple[io.BytesIO, dict[str, Any]]:
     """
+    Read a file, and look at what it says of itself before anything in it is unpickled.
+
     :param path: where a model was saved, as for SB3's ``load``
     :param changes: arguments that are to replace those that were saved
+    :return: the file in memory, and the saved attributes, without those that are pickled
     :raises ValueError: if that is no complete file, a model of another algorithm, or one that cannot be changed so
     """
     file = open_path(path, "r", suffix="zip")
+    file.seek(0)
+    content = io.BytesIO(file.read())
+    if isinstance(path, (str, pathlib.Path)):
+        file.close()
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(content) as archive:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile(f"{archive.testzip()} in it is damaged")
-            for part in ("policy.pth", "policy.optimizer.pth"):
-                archive.getinfo(part)
             saved = json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            archive.getinfo("policy.pth"), archive.getinfo("policy.optimizer.pth")
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is no complete model file: it is damaged, cut short, or was never one ({error})") from error
-    finally:
-        if isinstance(path, (str, pathlib.Path)):
-            file.close()
-    if not {"baseline", "max_episode_steps", "n_episodes"} & saved.keys():
+    if saved.get("file_format") != FILE_FORMAT:
         policy_class = saved.get("policy_class", {}).get("__module__", "unknown")
         raise ValueError(
-            f"{path} holds a model of another algorithm, not of REINFORCE (its policy is from {policy_class}). "
-            "Load it with the class that saved it"
+            f"{path} holds a model of another algorithm, or of a version of REINFORCE that cannot be loaded any more: its "
+            f"format is {saved.get('file_format')!r}, not {FILE_FORMAT!r}, its policy from {policy_class}. Load it with the "
+            "class that saved it"
         )
-    for name in ("baseline", "baseline_memory", "normalize_observations"):
+    for name in ("baseline", "baseline_memory", "baseline_kwargs", "normalize_observations"):
         if name in changes and changes[name] != saved.get(name):
             raise ValueError(
                 f"{name}={changes[name]!r} cannot be given to a model that was saved with {name}={saved.get(name)!r}: "
                 "its policy holds what was fitted with that. Make a new model"
             )
+    content.seek(0)
+    return content, saved

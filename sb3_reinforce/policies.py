@@ -2,20 +2,18 @@
 Policies for REINFORCE: SB3's actor-critic policies with a closed-form baseline in the place of the critic.
 
 In SB3 the value of a state is a linear layer (``value_net``) on what the critic branch of ``mlp_extractor`` makes of the
-features. Here that branch is a fixed feature map and the linear layer a
-:class:`~sb3_reinforce.baselines.LinearBaseline`, so that ``predict_values``, saving, loading and devices are SB3's own.
+features. Here that branch is a fixed feature map and the linear layer a :class:`~sb3_reinforce.baselines.LinearBaseline`.
 """
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel, BasePolicy
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import (
@@ -28,7 +26,9 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_reinforce.baselines import FEATURE_MAPS, LinearBaseline
+from sb3_reinforce.baselines import FEATURE_MAPS, LinearBaseline, NoBaseline
+
+BaselineName = Literal["linear", "quadratic", "random_features"]
 
 #: Observations pass through networks in chunks for which a layer takes or returns about so many numbers: what the layers of a
 #: CNN return then stays in the processor's cache, and takes no memory to speak of.
@@ -39,86 +39,63 @@ class ObservationNormalizer(nn.Module):
     """
     Shift and scale vector observations to mean 0 and standard deviation 1, with running statistics kept in buffers.
 
-    Only ``Box`` observations that are not images are normalised; for a ``Dict`` space, each such entry by itself. The
+    Only ``Box`` observations that are not images are normalized; for a ``Dict`` space, each such entry by itself. The
     statistics change in :meth:`update` alone. Clipping and the constants are those of SB3's ``VecNormalize``.
 
     :param observation_space: observation space of the policy
-    :param clip: bound of the absolute value of what is returned, in standard deviations
-    :param eps: added to the variance, so that an entry that never changes does not divide by zero
     """
 
-    def __init__(self, observation_space: spaces.Space, clip: float = 10.0, eps: float = 1e-8):
+    #: Bound of the absolute value of what is returned, in standard deviations
+    clip = 10.0
+    #: Added to the variance, so that an entry that never changes does not divide by zero
+    eps = 1e-8
+
+    def __init__(self, observation_space: spaces.Space):
         super().__init__()
-        self.clip = clip
-        self.eps = eps
         entries = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
         self.keys = [key for key, space in entries.items() if isinstance(space, spaces.Box) and not is_image_space(space)]
-        for key in self.keys:
-            initial = RunningMeanStd(shape=entries[key].shape or ())
+        # Names of buffers must not hold dots: entries are named by their position
+        for position, key in enumerate(self.keys):
+            # SB3's epsilon gives the initial mean of 0 a weight, which dwarfs the variance of observations far from 0
+            initial = RunningMeanStd(epsilon=0.0, shape=entries[key].shape or ())
             for name in ("mean", "var", "count"):
                 value = th.as_tensor(getattr(initial, name), dtype=th.float64)
-                self.register_buffer(f"{name}_{self._slug(key)}", value)
-
-    def _slug(self, key: str) -> str:
-        """Buffer names must not hold dots: name entries by their position in the space."""
-        return str(self.keys.index(key))
+                self.register_buffer(f"{name}_{position}", value)
 
     def _statistics(self, key: str) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        return tuple(getattr(self, f"{name}_{self._slug(key)}") for name in ("mean", "var", "count"))
+        return tuple(getattr(self, f"{name}_{self.keys.index(key)}") for name in ("mean", "var", "count"))
 
     def forward(self, observations: PyTorchObs) -> PyTorchObs:
-        """
-        :param observations: (batch, ...) as SB3's ``preprocess_obs`` returns them, a dictionary of these for Dict spaces
-        :return: the same, with the vector entries normalised
-        """
+        """Normalize the vector entries of (batch, ...) observations as the environment returns them, into float32."""
         if isinstance(observations, dict):
             return {key: self._normalize(key, obs) if key in self.keys else obs for key, obs in observations.items()}
         return self._normalize("", observations) if self.keys else observations
 
     def _normalize(self, key: str, observations: th.Tensor) -> th.Tensor:
-        mean, std = self.shift_and_scale(key, observations.dtype)
-        return th.clamp((observations - mean) / std, -self.clip, self.clip)
+        # Subtract in the precision of the observation: in float32, a large mean would leave nothing of a small difference
+        dtype = th.float32 if observations.dtype == th.float32 else th.float64
+        mean, std = self.shift_and_scale(key)
+        return (observations.to(dtype) - mean.to(dtype)).div_(std.to(dtype)).clamp_(-self.clip, self.clip).float()
 
-    def shift_and_scale(self, key: str, dtype: th.dtype) -> tuple[th.Tensor, th.Tensor]:
-        """
-        :param key: an entry of a Dict space that is normalised, or the empty string
-        :param dtype: of the result
-        :return: what is subtracted from an observation, and what it is then divided by
-        """
+    def shift_and_scale(self, key: str) -> tuple[th.Tensor, th.Tensor]:
+        """What is subtracted from an entry of an observation, and what it is then divided by, in float64."""
         mean, var, _ = self._statistics(key)
-        return mean.to(dtype), th.sqrt(var + self.eps).to(dtype)
+        return mean, th.sqrt(var + self.eps)
 
     def update(self, observations: np.ndarray | dict[str, np.ndarray]) -> None:
-        """
-        Merge the raw observations of one batch into the statistics.
-
-        :param observations: (n_transitions, ...), a dictionary of these for Dict spaces; finite
-        """
+        """Merge (n_transitions, ...) raw observations into the statistics, a dictionary of these for Dict spaces."""
         for key in self.keys:
             running = RunningMeanStd()
             buffers = self._statistics(key)
             running.mean, running.var, count = (buffer.cpu().numpy() for buffer in buffers)
             running.count = float(count)
-            running.update(np.asarray(observations[key] if isinstance(observations, dict) else observations, np.float64))
+            batch = observations[key] if isinstance(observations, dict) else observations
+            # In chunks, of which there are copies in float64
+            size = max(1, _CHUNK // max(1, batch[0].size))
+            for start in range(0, len(batch), size):
+                running.update(batch[start : start + size].astype(np.float64))
             for buffer, value in zip(buffers, (running.mean, running.var, running.count), strict=True):
                 buffer.copy_(th.as_tensor(value))
-
-
-class NormalizedExtractor(BaseFeaturesExtractor):
-    """
-    A features extractor that normalises the observations first.
-
-    :param normalizer: what normalises the observations; may be shared between extractors
-    :param extractor: the features extractor that sees them
-    """
-
-    def __init__(self, normalizer: ObservationNormalizer, extractor: BaseFeaturesExtractor):
-        super().__init__(extractor._observation_space, extractor.features_dim)
-        self.normalizer: ObservationNormalizer = normalizer
-        self.extractor = extractor
-
-    def forward(self, observations: PyTorchObs) -> th.Tensor:
-        return self.extractor(self.normalizer(observations))
 
 
 class MlpPolicy(ActorCriticPolicy):
@@ -128,22 +105,15 @@ class MlpPolicy(ActorCriticPolicy):
     Continuous actions have a Gaussian with a state-independent standard deviation that is learned with the mean. All
     parameters of SB3's ``ActorCriticPolicy`` are accepted; those whose default or meaning differs, and the new ones, are:
 
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param lr_schedule: Learning rate schedule (could be constant)
     :param net_arch: hidden layers of the actor, e.g. ``[64, 64]`` (or ``dict(pi=[64, 64])``). Default: ``[64, 64]``, or none
         behind a CNN. The baseline has no hidden layers: a ``vf`` entry is ignored with a warning
     :param activation_fn: Activation function of the actor, ReLU by default
-    :param ortho_init: True (default) for SB3's orthogonal initialisation; False for Glorot-uniform weights and zero biases
+    :param ortho_init: True (default) for SB3's orthogonal initialization; False for Glorot-uniform weights and zero biases
         in the actor
     :param log_std_init: Initial value for the log standard deviation. Much noise may hide what the mean achieves; with little,
         exploration may end before it has begun
     :param optimizer_kwargs: as in SB3, but Adam keeps PyTorch's ``eps=1e-8`` (SB3 sets 1e-5)
-    :param baseline: feature map of the baseline: "linear" (the features themselves), "quadratic" (and their squares),
-        "random" (and fixed random tanh units of them), or None for no baseline
-    :param baseline_memory: in [0, 1), weight of earlier batches in the fit of the baseline; 0 fits the latest batch alone
-    :param normalize_observations: whether to normalise vector observations with running statistics
-    :param kwargs: other parameters of SB3's ``ActorCriticPolicy``
+    :param baseline: see ``REINFORCE``, as the three parameters that follow
     """
 
     default_features_extractor: type[BaseFeaturesExtractor] = FlattenExtractor
@@ -158,22 +128,18 @@ class MlpPolicy(ActorCriticPolicy):
         ortho_init: bool = True,
         log_std_init: float = -0.75,
         optimizer_kwargs: dict[str, Any] | None = None,
-        baseline: str | None = "random",
+        baseline: BaselineName | None = "random_features",
         baseline_memory: float = 0.85,
+        baseline_kwargs: dict[str, Any] | None = None,
         normalize_observations: bool = True,
         **kwargs: Any,
     ):
         kwargs.setdefault("features_extractor_class", self.default_features_extractor)
         if net_arch is None:
             net_arch = [] if kwargs["features_extractor_class"] == NatureCNN else [64, 64]
-        if isinstance(net_arch, dict):
-            if net_arch.get("vf"):
-                warnings.warn(
-                    f"net_arch={net_arch}: 'vf' is ignored, the baseline has no hidden layers (see `baseline`)", stacklevel=2
-                )
-            net_arch = net_arch.get("pi", [])
         self.baseline = baseline
         self.baseline_memory = baseline_memory
+        self.baseline_kwargs = baseline_kwargs or {}
         self.normalize_observations = normalize_observations
         super().__init__(
             observation_space,
@@ -187,42 +153,50 @@ class MlpPolicy(ActorCriticPolicy):
             **kwargs,
         )
 
-    def make_features_extractor(self) -> BaseFeaturesExtractor:
-        extractor = super().make_features_extractor()
-        if not self.normalize_observations:
-            return extractor
-        if not hasattr(self, "observation_normalizer"):
-            self.observation_normalizer = ObservationNormalizer(self.observation_space)
-        return NormalizedExtractor(self.observation_normalizer, extractor)
-
     def _build_mlp_extractor(self) -> None:
-        assert isinstance(self.net_arch, list)
+        arch = self.net_arch
+        if isinstance(arch, dict):
+            if arch.get("vf"):
+                warnings.warn(
+                    f"net_arch={arch}: 'vf' is ignored, the baseline has no hidden layers (see `baseline`)", stacklevel=2
+                )
+            arch = arch.get("pi", [])
         self.mlp_extractor = MlpExtractor(
-            self.features_dim, net_arch=dict(pi=self.net_arch), activation_fn=self.activation_fn, device=self.device
+            self.features_dim, net_arch=dict(pi=arch), activation_fn=self.activation_fn, device=self.device
         )
         feature_map, _ = FEATURE_MAPS[self.baseline or "linear"]
         if feature_map is not None:
-            self.mlp_extractor.value_net = feature_map(self.features_dim)  # type: ignore[assignment]
-            self.mlp_extractor.latent_dim_vf = self.mlp_extractor.value_net.out_features  # type: ignore[assignment]
+            kwargs = {key: value for key, value in self.baseline_kwargs.items() if key != "ridge"}
+            critic: Any = feature_map(self.features_dim, **kwargs)
+            self.mlp_extractor.value_net, self.mlp_extractor.latent_dim_vf = critic, critic.out_features
 
     def _build(self, lr_schedule: Schedule) -> None:
+        if self.normalize_observations:
+            self.observation_normalizer = ObservationNormalizer(self.observation_space)
         super()._build(lr_schedule)
-        install_baseline(self, self.baseline, self.baseline_memory)
+        install_baseline(self, self.baseline, self.baseline_memory, self.baseline_kwargs)
         if not self.ortho_init:
             for module in (self.mlp_extractor.policy_net, self.action_net):
                 module.apply(_init_glorot)
-        # Built anew because SB3's optimiser also holds the parameters of the value layer that the baseline has replaced
+        # SB3's optimizer also holds the parameters of the value layer that the baseline has replaced
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
+    def _normalize(self, obs: PyTorchObs) -> PyTorchObs:
+        return self.observation_normalizer(obs) if self.normalize_observations else obs
+
+    # SB3's get_distribution() and predict_values() do not call extract_features()
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
+        return super().extract_features(self._normalize(obs), features_extractor)
+
+    def get_distribution(self, obs: PyTorchObs) -> Distribution:
+        return super().get_distribution(self._normalize(obs))
+
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        return super().predict_values(self._normalize(obs))
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.update(
-            baseline=self.baseline,
-            baseline_memory=self.baseline_memory,
-            normalize_observations=self.normalize_observations,
-            share_features_extractor=self.share_features_extractor,
-        )
-        return data
+        names = ("baseline", "baseline_memory", "baseline_kwargs", "normalize_observations", "share_features_extractor")
+        return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in names}}
 
 
 class CnnPolicy(MlpPolicy):
@@ -244,64 +218,70 @@ def _init_glorot(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def install_baseline(policy: ActorCriticPolicy, baseline: str | None, memory: float) -> None:
+def install_baseline(
+    policy: ActorCriticPolicy, baseline: str | None, memory: float, kwargs: dict[str, Any] | None = None
+) -> None:
     """
-    Put a closed-form linear baseline in the place of a policy's value layer.
+    Put a closed-form linear baseline in the place of a policy's value layer. The arguments are those of ``REINFORCE``.
 
     :param policy: the policy; the critic branch of its ``mlp_extractor`` is the feature map
-    :param baseline: decides how strongly the fit is regularised: no less than for random features where features are learned,
-        many of which are as good as dead
-    :param memory: see :class:`~sb3_reinforce.baselines.LinearBaseline`
     """
-    _, ridge = FEATURE_MAPS[baseline or "linear"]
+    if baseline is None:
+        policy.value_net = NoBaseline()  # type: ignore[assignment]
+        return
+    # Many of the features that are learned are as good as dead, so that the fit needs a ridge
     learned = any(True for _ in policy.vf_features_extractor.parameters())
-    if learned:
-        ridge = max(ridge, FEATURE_MAPS["random"][1])
+    _, ridge = FEATURE_MAPS["random_features" if learned else baseline]
+    ridge = (kwargs or {}).get("ridge", ridge)
     policy.value_net = LinearBaseline(policy.mlp_extractor.latent_dim_vf, ridge, memory, truncate=learned)  # type: ignore[assignment]
+
+
+def overrides(policy: BasePolicy, *names: str) -> bool:
+    """Whether one of some methods of a policy (compiled or not) is neither SB3's nor that of the policies here."""
+    own = type(getattr(policy, "_orig_mod", policy))
+    ours = MlpPolicy if issubclass(own, MlpPolicy) else ActorCriticPolicy
+    return any(getattr(own, name) is not getattr(ours, name) for name in names)
+
+
+def evaluate(policy: ActorCriticPolicy, obs: PyTorchObs) -> tuple[Distribution, th.Tensor]:
+    """
+    Look at observations once, as SB3's ``evaluate_actions`` does before it comes to the actions.
+
+    :param policy: the policy
+    :param obs: (n, ...) tensor, or a dictionary of these
+    :return: the distribution of the actions (a policy has one object for all of them), and the extracted features of the
+        critic
+    """
+    features: Any = policy.extract_features(obs)
+    pi_features, vf_features = (features, features) if policy.share_features_extractor else features
+    if overrides(policy, "get_distribution"):
+        return policy.get_distribution(obs), vf_features
+    # Private, but what custom policies override, and the only way from the latent code to the distribution
+    return policy._get_action_dist_from_latent(policy.mlp_extractor.forward_actor(pi_features)), vf_features
+
+
+def baseline_features(policy: ActorCriticPolicy, obs: PyTorchObs, vf_features: Any = None) -> th.Tensor:
+    """What the baseline is linear in, (n, n_features); ``vf_features`` are those of :func:`evaluate`, None if not known."""
+    if vf_features is None:
+        features: Any = policy.extract_features(obs)
+        vf_features = features if policy.share_features_extractor else features[1]
+    return policy.value_net.project(policy.mlp_extractor.forward_critic(vf_features))  # type: ignore[operator]
+
+
+def normalizer_of(policy: BasePolicy) -> ObservationNormalizer | None:
+    """What normalizes the observations of a policy, None if nothing does."""
+    normalizer = getattr(policy, "observation_normalizer", None)
+    return normalizer if isinstance(normalizer, ObservationNormalizer) and normalizer.keys else None
 
 
 def chunk_size(policy: BasePolicy) -> int:
     """
     How many observations a policy should be shown at a time. The gradient of a batch is the sum of those of its chunks,
-    except with batch normalisation, which has to see all of a batch at once.
-
-    :param policy: the policy
-    :return: number of observations, at least 1
+    except with batch normalization, which has to see all of a batch at once.
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
         return sys.maxsize
     widths = [module.out_features for module in policy.modules() if isinstance(module, nn.Linear)]
-    return max(1, _CHUNK // max(spaces.flatdim(policy.observation_space), *widths))
-
-
-def baseline_features(policy: ActorCriticPolicy, observations: Iterable[PyTorchObs]) -> np.ndarray:
-    """
-    What the baseline of a policy is linear in, for a batch of observations, without gradients.
-
-    :param policy: the policy, in evaluation mode
-    :param observations: (n, ...) tensors, or dictionaries of these: the batch in chunks
-    :return: (n_transitions, n_features) float32
-    """
-    features = []
-    with th.no_grad():
-        for obs in observations:
-            # As in SB3's predict_values
-            extracted = BaseModel.extract_features(policy, obs, policy.vf_features_extractor)
-            features.append(policy.mlp_extractor.forward_critic(extracted).cpu().numpy())
-    return np.concatenate(features)
-
-
-@contextmanager
-def baseline_inputs(policy: ActorCriticPolicy) -> Iterator[list[np.ndarray]]:
-    """
-    Keep what the baseline is asked about for a while: whoever evaluates actions extracts its features, too.
-
-    :param policy: the policy
-    :return: list that is filled with (batch, n_features) arrays, one for each call of the baseline
-    """
-    kept: list[np.ndarray] = []
-    handle = policy.value_net.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].detach().cpu().numpy()))
-    try:
-        yield kept
-    finally:
-        handle.remove()
+    # Normalizing takes copies of the observations
+    n_copies = 4 if normalizer_of(policy) is not None else 1
+    return max(1, _CHUNK // max(n_copies * spaces.flatdim(policy.observation_space), *widths))

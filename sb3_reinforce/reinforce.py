@@ -3,115 +3,98 @@
 import io
 import math
 import pathlib
+import re
 from collections import defaultdict
-from collections.abc import Iterator
-from copy import deepcopy
+from collections.abc import Generator
+from copy import copy, deepcopy
 from typing import Any, ClassVar, TypeVar
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
-from stable_baselines3.common.env_util import is_wrapped
-from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import LinearSchedule, explained_variance
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
-from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
-from sb3_reinforce.baselines import LinearBaseline
 from sb3_reinforce.buffers import EpisodeBufferSamples, EpisodeRolloutBuffer
 from sb3_reinforce.callbacks import StepsProgressBar
-from sb3_reinforce.checks import check_hyperparameters, check_learning_rate, check_model_file, check_spaces
+from sb3_reinforce.checks import (
+    FILE_FORMAT,
+    check_hyperparameters,
+    check_learning_rate,
+    check_policy_class,
+    check_spaces,
+    read_model_file,
+)
+from sb3_reinforce.losses import bounds_loss, entropy_loss, kl_divergence, policy_gradient_loss
 from sb3_reinforce.policies import (
+    BaselineName,
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
     baseline_features,
-    baseline_inputs,
     chunk_size,
+    evaluate,
     install_baseline,
+    normalizer_of,
+    overrides,
 )
-from sb3_reinforce.rollout import EpisodeTracker, collect_episodes, environment_error, raised_within
-from sb3_reinforce.sampling import nan_explained
-from sb3_reinforce.vec_env import EpisodeVecEnv
+from sb3_reinforce.returns import batch_normalize
+from sb3_reinforce.rollout import collect_episodes, environment_error, seed_next_episodes
+from sb3_reinforce.sampling import explain_nan
+from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, wrap_env
 
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
 
-def approximate_kl(log_prob: th.Tensor, new_log_prob: th.Tensor) -> float:
-    """
-    Estimate of the Kullback-Leibler divergence of a new policy from the one that has acted: never negative, and of little
-    variance (Schulman, 2020, "Approximating KL divergence", k3, http://joschu.net/blog/kl-approx.html).
-
-    :param log_prob: (n_transitions,) log-probabilities of the actions under the policy that has chosen them
-    :param new_log_prob: (n_transitions,) the same of the new policy
-    :return: nats per transition
-    """
-    log_ratio = new_log_prob - log_prob
-    return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
-
-
-def bounds_loss(means: th.Tensor, stds: th.Tensor, low: th.Tensor, high: th.Tensor) -> th.Tensor:
-    """
-    How far the means of Gaussian actions lie outside of the bounds to which the actions are clipped. Far out there, samples
-    have the same effect as the mean, so that returns say nothing of which way to move it, and it stays where a long step has
-    put it. Others who penalise this: ``bounds_loss_coef`` of rl_games (Makoviichuk & Makoviychuk, 2021,
-    https://github.com/Denys88/rl_games).
-
-    :param means: (n_transitions, n_actions)
-    :param stds: (n_transitions, n_actions) standard deviations, above 0: where these are larger than half the range, samples
-        reach it from further away
-    :param low: (n_actions,) lower bounds, ``-inf`` for none
-    :param high: (n_actions,) upper bounds, ``inf`` for none
-    :return: the squared distance beyond a bound, in units of half the range or of the standard deviation, whichever is larger,
-        summed over the dimensions of the action that have both bounds, mean over the transitions
-    """
-    excess = th.relu(means - high) + th.relu(low - means)
-    return (excess / th.maximum((high - low) / 2, stds)).square().sum(dim=1).mean()
-
-
-class _Default(int):
-    """An integer that is a default value: it tells an argument that was left out from one that was given the same value."""
+def linear_schedule(text: str) -> LinearSchedule:
+    """A schedule to 0 from "lin_" and the value to begin with, as in RL Zoo's files."""
+    try:
+        return LinearSchedule(float(re.fullmatch("lin_(.+)", text)[1]), 0.0, 1.0)  # type: ignore[index]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'learning_rate must be a number, a schedule, or "lin_" and a number, got {text!r}') from error
 
 
 class REINFORCE(OnPolicyAlgorithm):
     """
-    REINFORCE: Monte-Carlo policy gradients with a closed-form state-value baseline and normalised advantages.
+    REINFORCE: Monte-Carlo policy gradients with a closed-form state-value baseline and normalized advantages.
 
     Each iteration collects whole episodes with the current policy, computes the discounted return that followed every
-    action, subtracts what the baseline (fitted to earlier batches) expected in that state, normalises, and takes one gradient
-    step on ``-mean(log pi(a|s) * advantage)``. By default a small term keeps exploration alive (``ent_coef`` for choices,
-    ``bounds_coef`` for Gaussian actions), and a step that goes too far is shortened (``target_kl``). Then the baseline is
-    fitted to the batch.
+    action, subtracts what the baseline (fitted to earlier batches) expected in that state, normalizes, and takes one gradient
+    step on ``-mean(log pi(a|s) * advantage)``, no longer than ``target_kl``. Then the baseline is fitted to the batch.
+
+    Episodes are numbered over the life of a model. With a seed, the environment's seed and the noise of the actions of an
+    episode depend on the seed and its number alone.
 
     Papers: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy), or a subclass of these. Subclasses of
         SB3's ``ActorCriticPolicy`` work too: their critic branch is then the feature map of the baseline
-    :param env: The environment to learn from (if registered in Gym, can be str; it is then made without a render mode)
-    :param learning_rate: The learning rate (at least 0), it can be a function of the current progress remaining (from 1 to 0).
-        By default it falls linearly to 0 over ``total_timesteps``: a rate that stays high undoes what it has learned
+    :param env: The environment to learn from: an id (made without a render mode), a function that makes it, an environment,
+        or a ``VecEnv``. An ``EpisodeVecEnv`` runs the first three, and a plain ``DummyVecEnv``: each environment is reset
+        once per episode and not stepped while it is idle. Other ``VecEnv`` are stepped as they are
+    :param learning_rate: The learning rate (at least 0), it can be a function of the current progress remaining (from 1 to
+        0), or, as in RL Zoo, "lin_" and a number: from there linearly to 0 over ``total_timesteps``. A rate that stays high
+        undoes what it has learned
     :param n_steps: Steps to collect for each environment per update, at least 1: episodes are started until ``n_steps *
-        n_envs`` transitions have been collected in all, and all of them are finished. Fewer make more but noisier updates
+        n_envs`` transitions have been collected in all, and all of them are finished. Fewer make more but noisier updates.
+        2000 unless ``n_episodes`` is given
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
     :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early. None
-        stands for 0.03 where actions are choices, one of which may otherwise die out before it is needed, and for 0 for
-        Gaussian actions, whose noise is a parameter of its own
-    :param bounds_coef: Coefficient of :func:`bounds_loss` for the loss calculation, at least 0: means of Gaussian actions that
-        have gone beyond the bounds of the action space come back to where exploration has an effect. Raise it if a policy gets
-        stuck with actions at their bounds; 0 for the plain policy gradient. Actions that are squashed, or lack one of the
-        bounds, are left alone
+        stands for 0 for Gaussian actions, and for 0.03 for discrete ones, which may otherwise die out before they are needed
+    :param bounds_coef: Coefficient of :func:`~sb3_reinforce.losses.bounds_loss` for the loss calculation, at least 0: brings
+        means of Gaussian actions back that are beyond the bounds of the action space (if it has both bounds, and the policy
+        does not squash). Raise it if a policy gets stuck with actions at their bounds; 0 for the plain policy gradient
     :param max_grad_norm: The maximum value for the gradient clipping (above 0), None for no clipping
     :param target_kl: Largest Kullback-Leibler divergence, in nats per transition (above 0), that the gradient step may take
-        the policy from the one that has collected the batch: a step that goes further is shortened, its direction kept. (What
-        the observation statistics then move comes on top.) It keeps a batch of few episodes from undoing what was learned;
-        less is safer and slower. None for the plain step
+        the policy from the one that has collected the batch: a longer step is shortened. (What the observation statistics
+        then move comes on top.) Less is safer and slower. None for the plain step
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
-    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE; -1: only at the beginning of the rollout
+    :param sde_sample_freq: Sample a new noise matrix every n steps of an episode when using gSDE; -1: only at its beginning
     :param rollout_buffer_class: Rollout buffer class to use, a subclass of
         :class:`~sb3_reinforce.buffers.EpisodeRolloutBuffer`. If ``None``, that class itself
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
@@ -119,34 +102,32 @@ class REINFORCE(OnPolicyAlgorithm):
         learning rate has to suit the scale of the rewards
     :param n_episodes: Episodes to collect per update over all environments, at least 1 (more if there are more
         environments), in the place of ``n_steps``. For rewards that come once an episode
-    :param max_episode_steps: Episodes are cut after this many steps, at least 1, and count as timed out, with a warning unless
-        the environment is known to have a time limit of its own. It keeps environments that never end from filling the
-        memory; below a time limit, it makes more episodes of the same steps where a policy may dawdle, as a lander that hovers
-        does
+    :param max_episode_steps: Puts a ``TimeLimit`` of so many steps, at least 1, around the environment. Below its own limit,
+        there are more episodes of the same steps where a policy may dawdle, as a lander that hovers does. None for no other
+        limit than the environment's own; a ``VecEnv`` is made with its limits
     :param baseline: What the state-value baseline is linear in: "linear" (the features), "quadratic" (and their squares),
-        "random" (and fixed random tanh units of them), or None for no baseline. Richer ones reduce the variance of the
-        gradient when returns are no linear function of the state. Policies that are no subclass of those here have a feature
-        map of their own, their critic branch, in which both "linear" and "random" are linear
+        "random_features" (and fixed random tanh units of them), or None for no baseline. Richer ones reduce the variance of
+        the gradient when returns are no linear function of the state. For policies that are no subclass of those here, the
+        critic branch takes the place of either map
     :param baseline_memory: Weight of the batches before the latest one in the fit of the baseline, per batch, in [0, 1). Less
         follows the policy faster, more has more episodes to fit the baseline to
+    :param baseline_kwargs: "ridge" (at least 0: raise it if the baseline fits noise; 0 for "linear", 1e-5 for "quadratic",
+        1e-3 for "random_features" and where features are learned) and "n_units" of "random_features" (128)
     :param bootstrap_timeouts: Whether the baseline's value of the last observation is added to the reward when an episode
-        ends by a time limit, as SB3's algorithms do: what happens there says nothing about the state (Pardo et al., 2018,
-        https://arxiv.org/abs/1712.00378). Turn it off where a time limit is part of the task, or for returns of rewards
-        alone; and with ``gamma=1``, where nothing discounts the errors that the baseline then learns of itself. Without a
-        baseline it changes nothing
-    :param normalize_observations: Whether the policy normalises vector observations with running statistics, which are
-        updated once a batch and saved with it. None stands for True with the policies here and their subclasses, and for
-        False with all others, which cannot do it
+        ends by a time limit, as in SB3: what happens there says nothing about the state (Pardo et al., 2018,
+        https://arxiv.org/abs/1712.00378). Turn it off where a time limit is part of the task, and with ``gamma=1``, where
+        nothing discounts the errors that the baseline then learns of itself
+    :param normalize_observations: Whether the policy normalizes vector observations with running statistics, which are
+        updated once a batch and saved with it. None: with the policies here and their subclasses, the only ones that can
     :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average the reported
         success rate, mean episode length, and mean reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug
         messages
-    :param seed: Seed for the pseudo random generators. The actions and the environments' seeds of iteration k depend on the
-        seed and k alone
-    :param device: Device (cpu, cuda, ...) on which the code should be run. Setting it to auto, the code will be run on the
-        GPU if possible
+    :param seed: Seed for the pseudo random generators. Without one, environments are not seeded, and the noise of the actions
+        follows NumPy's global generator
+    :param device: Device (cpu, cuda, ...) on which the code should be run, "auto" for the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: when an argument is out of its range, or the spaces of the environment are not supported
     """
@@ -162,8 +143,8 @@ class REINFORCE(OnPolicyAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
-        learning_rate: float | Schedule = LinearSchedule(5e-3, 0.0, 1.0),
-        n_steps: int | None = _Default(2000),
+        learning_rate: float | Schedule | str = "lin_5e-3",
+        n_steps: int | None = None,
         gamma: float = 0.99,
         ent_coef: float | None = None,
         bounds_coef: float = 0.1,
@@ -175,9 +156,10 @@ class REINFORCE(OnPolicyAlgorithm):
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         normalize_advantage: bool = True,
         n_episodes: int | None = None,
-        max_episode_steps: int = 50_000,
-        baseline: str | None = "random",
+        max_episode_steps: int | None = None,
+        baseline: BaselineName | None = "random_features",
         baseline_memory: float = 0.85,
+        baseline_kwargs: dict[str, Any] | None = None,
         bootstrap_timeouts: bool = True,
         normalize_observations: bool | None = None,
         stats_window_size: int = 100,
@@ -188,13 +170,11 @@ class REINFORCE(OnPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
-        if isinstance(n_steps, _Default):
-            n_steps = None if n_episodes is not None else int(n_steps)
         super().__init__(
             policy,
             None,  # type: ignore[arg-type]  # see _attach_env
-            learning_rate=learning_rate,
-            n_steps=n_steps,  # type: ignore[arg-type]
+            learning_rate=learning_rate,  # type: ignore[arg-type]
+            n_steps=2000 if n_steps is None and n_episodes is None else n_steps,  # type: ignore[arg-type]
             gamma=gamma,
             gae_lambda=1.0,
             ent_coef=ent_coef,  # type: ignore[arg-type]
@@ -212,6 +192,7 @@ class REINFORCE(OnPolicyAlgorithm):
             seed=seed,
             _init_setup_model=False,
         )
+        check_policy_class(self.policy_class)
         self.bounds_coef = bounds_coef
         self.target_kl = target_kl
         self.normalize_advantage = normalize_advantage
@@ -219,9 +200,13 @@ class REINFORCE(OnPolicyAlgorithm):
         self.max_episode_steps = max_episode_steps
         self.baseline = baseline
         self.baseline_memory = baseline_memory
+        self.baseline_kwargs = baseline_kwargs or {}
         self.bootstrap_timeouts = bootstrap_timeouts
-        is_own = issubclass(self.policy_class, MlpPolicy)
-        self.normalize_observations = is_own if normalize_observations is None else normalize_observations
+        if normalize_observations is None:
+            normalize_observations = issubclass(self.policy_class, MlpPolicy)
+        self.normalize_observations = normalize_observations
+        # Number of the first episode of the next batch
+        self._next_episode = 0
 
         if env is not None:
             self._attach_env(env, policy)
@@ -232,31 +217,22 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _attach_env(self, env: GymEnv | str, policy: str | type[BasePolicy]) -> None:
         """Wrap and check the environment. SB3's own way refuses actions without bounds, which a Gaussian does not need."""
-        self.env = self._wrap_env(env, self.verbose)
+        self.env = wrap_env(env, self.max_episode_steps, self.verbose)
         self.observation_space = self.env.observation_space
         self.action_space = self.env.action_space
         self.n_envs = self.env.num_envs
         self._vec_normalize_env = unwrap_vec_normalize(self.env)
         check_spaces(self, policy)
 
-    @staticmethod
-    def _wrap_env(env: GymEnv | str, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        """
-        As SB3's, but what is not a ``VecEnv`` becomes an :class:`~sb3_reinforce.vec_env.EpisodeVecEnv`, and an environment
-        may be named by a string. It is made without a render mode then: with one, as SB3 does it, many draw every frame.
-        """
-        if isinstance(env, str):
-            env = gym.make(env)
-        if not isinstance(env, VecEnv):
-            single_env = _patch_env(env)
-            if monitor_wrapper and not is_wrapped(single_env, Monitor):
-                if verbose >= 1:
-                    print("Wrapping the env with a `Monitor` wrapper")
-                single_env = Monitor(single_env)
-            if verbose >= 1:
-                print("Wrapping the env in a DummyVecEnv (an EpisodeVecEnv).")
-            env = EpisodeVecEnv([lambda: single_env])
-        return OnPolicyAlgorithm._wrap_env(env, verbose)
+    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+        """Learn from another environment, see SB3. In a callback, the rollout that is running ends in the one it began in."""
+        super().set_env(wrap_env(env, self.max_episode_steps, self.verbose), force_reset)
+
+    def _setup_lr_schedule(self) -> None:
+        if isinstance(self.learning_rate, str):
+            self.lr_schedule = linear_schedule(self.learning_rate)
+        else:
+            super()._setup_lr_schedule()
 
     def _setup_model(self) -> None:
         if self.ent_coef is None:
@@ -265,6 +241,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self._setup_lr_schedule()
         check_learning_rate(self.lr_schedule(1.0), 1.0)
         self.set_random_seed(self.seed)
+        self.file_format = FILE_FORMAT
         self.rollout_buffer_class = self.rollout_buffer_class or EpisodeRolloutBuffer
         self.rollout_buffer = self.rollout_buffer_class(  # type: ignore[assignment]
             self.n_steps or 1024,
@@ -279,6 +256,7 @@ class REINFORCE(OnPolicyAlgorithm):
         own_kwargs: dict[str, Any] = dict(
             baseline=self.baseline,
             baseline_memory=self.baseline_memory,
+            baseline_kwargs=self.baseline_kwargs,
             normalize_observations=self.normalize_observations,
         )
         policy = self.policy_class(
@@ -291,27 +269,19 @@ class REINFORCE(OnPolicyAlgorithm):
         )
         assert isinstance(policy, ActorCriticPolicy)
         if not is_own:
-            install_baseline(policy, self.baseline, self.baseline_memory)
+            install_baseline(policy, self.baseline, self.baseline_memory, self.baseline_kwargs)
         self.policy = policy.to(self.device)
         self._maybe_recommend_cpu("MlpPolicy")
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """
-        Seed the generators of Python, NumPy, PyTorch, the action space and the environments, and fix the noise of all
-        iterations to come.
-
-        :param seed: None leaves everything as it is
-        """
+        """Seed the generators of Python, NumPy, PyTorch, the action space and the environments, and the episodes to come."""
         super().set_random_seed(seed)
         if seed is not None:
             self.seed = seed
 
-    def _rollout_rng(self) -> np.random.Generator:
-        """The randomness of the next rollout: a function of the seed and the number of updates, so that it can be resumed."""
-        if self.seed is not None:
-            return np.random.default_rng((self.seed, self._n_updates))
-        # Without a seed, follow NumPy's global generator as other SB3 algorithms follow PyTorch's
-        return np.random.default_rng(np.random.randint(2**32, size=4, dtype=np.uint32))
+    def _next_schedule(self, n_rollout_steps: int | None) -> EpisodeSchedule:
+        min_transitions = (n_rollout_steps or 0) * self.n_envs
+        return EpisodeSchedule(self.n_envs, min_transitions, self.n_episodes or 0, self._next_episode, self.seed)
 
     def collect_rollouts(
         self,
@@ -329,23 +299,13 @@ class REINFORCE(OnPolicyAlgorithm):
         :param n_rollout_steps: Number of transitions to collect per environment, None to collect ``n_episodes`` episodes
         :return: False if the callback ended the rollout before its time
         """
-        episodes = EpisodeTracker(
-            env.num_envs,
-            min_transitions=(n_rollout_steps or 0) * env.num_envs,
-            min_episodes=self.n_episodes or 0,
-            max_episode_steps=self.max_episode_steps,
-        )
-        rng = self._rollout_rng()
         self._num_timesteps_before_rollout = self.num_timesteps
-        if not collect_episodes(self, env, callback, rollout_buffer, rng, episodes, self.bootstrap_timeouts):
+        schedule = self._next_schedule(n_rollout_steps)
+        noise_seed = int(np.random.randint(2**31)) if self.seed is None else self.seed
+        if not collect_episodes(self, callback, rollout_buffer, schedule, noise_seed, self.bootstrap_timeouts):
             return False
 
-        values = rollout_buffer.values
-        if self.baseline is None:
-            values = np.zeros(len(rollout_buffer.rewards))
-        elif values is None:
-            features = th.as_tensor(self._baseline_features(), device=self.device)
-            values = self.policy.value_net(features).cpu().numpy().flatten()
+        values = self.policy.value_net.predict(self._baseline_features()).cpu().numpy().flatten()  # type: ignore[operator]
         rollout_buffer.compute_returns_and_advantage(values)
 
         callback.update_locals(locals())
@@ -356,188 +316,201 @@ class REINFORCE(OnPolicyAlgorithm):
         """
         Take one gradient step on the whole batch, no longer than ``target_kl`` allows, then refit the baseline to it.
 
-        :raises ValueError: when the gradient, or the policy after the step, is not finite: policy and optimiser are then as
-            they were before
+        Whatever interrupts this, policy, optimizer and counters are afterwards either as before it or as after it.
+
+        :raises ValueError: when the gradient, or the policy after the step, is not finite
         """
-        advantage_std = self.rollout_buffer.advantages.std()
+        buffer, policy = self.rollout_buffer, self.policy
+        advantage_std = buffer.advantages.std()
         if self.normalize_advantage:
-            self.rollout_buffer.normalize_advantages()
-        before = deepcopy(self.get_parameters())
+            buffer.advantages = batch_normalize(buffer.advantages)
+
+        before = deepcopy(self.get_parameters()), self._n_updates, self._next_episode
         try:
-            # Switch to train mode (this affects batch norm / dropout)
-            self.policy.set_training_mode(True)
-            self._update_learning_rate(self.policy.optimizer)
-            losses, log_prob, grad_norm = self._compute_gradient()
-            # A look at the policy must not change the statistics of batch norm
-            self.policy.set_training_mode(False)
-            start = [parameter.detach().clone() for parameter in self.policy.parameters()]
-            self.policy.optimizer.step()
-            new_log_prob, features = self._look_at_policy()
-            kl = approximate_kl(log_prob, new_log_prob)
-            if self.target_kl is not None and not kl <= self.target_kl:
-                kl, features = self._shorten_step(start, new_log_prob, features, self.target_kl)
-        except ValueError:
-            super().set_parameters(before)  # type: ignore[arg-type]
+            start = [parameter.detach().clone() for parameter in policy.parameters()]
+            # The gradient of the loss over the whole batch, in train mode (this affects batch norm / dropout)
+            policy.set_training_mode(True)
+            policy.optimizer.zero_grad()
+            losses: dict[str, float] = defaultdict(float)
+            distributions = []
+            for batch in self._batches():
+                distribution, parts = self._add_gradient(batch)
+                distributions.append(copy(distribution))
+                for name, part in parts.items():
+                    losses[name] += part * len(batch.returns) / buffer.size()
+            grad_norm = self._clip_gradient()
+            policy.set_training_mode(False)
+
+            # The step
+            check_learning_rate(self.lr_schedule(self._current_progress_remaining), self._current_progress_remaining)
+            self._update_learning_rate(policy.optimizer)
+            policy.optimizer.step()
+            divergence, features = self._limit_step(start, distributions)
+
+            # The baseline, in features as they are from now on
+            if (normalizer := normalizer_of(policy)) is not None:
+                normalizer.update(buffer.observations)
+                features = self._baseline_features()
+            policy.value_net.fit(features.cpu().numpy(), buffer.returns)  # type: ignore[operator]
+            self._n_updates += 1
+            self._next_episode += int(buffer.episode_starts.sum())
+        except BaseException:
+            super().set_parameters(before[0])  # type: ignore[arg-type]
+            _, self._n_updates, self._next_episode = before
+            policy.set_training_mode(False)
             raise
-        self._n_updates += 1
-        self._refit_baseline(features)
 
-        values, returns = self.rollout_buffer.values, self.rollout_buffer.returns
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, loss in losses.items():
-            self.logger.record(f"train/{name}", loss)
+        for name, value in losses.items():
+            self.logger.record(f"train/{name}", value)
         self.logger.record("train/grad_norm", grad_norm)
-        self.logger.record("train/approx_kl", kl)
+        if divergence is not None:
+            self.logger.record("train/kl_divergence_loss", divergence)
         self.logger.record("train/advantage_std", advantage_std)
-        self.logger.record("train/explained_variance", explained_variance(values, returns))
-        self.logger.record("train/baseline_mse", np.mean((returns - values) ** 2))
-        if hasattr(self.policy, "log_std"):
-            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/explained_variance", explained_variance(buffer.values, buffer.returns))
+        self.logger.record("train/value_loss", np.mean((buffer.returns - buffer.values) ** 2))
+        if hasattr(policy, "log_std"):
+            self.logger.record("train/std", th.exp(policy.log_std).mean().item())
 
-    def _chunks(self) -> Iterator[tuple[EpisodeBufferSamples, th.Tensor]]:
-        """The batch, as much of it at a time as the policy should be shown, with actions as the policy evaluates them."""
-        for batch in self.rollout_buffer.chunks(chunk_size(self.policy)):
-            yield batch, batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
+    def _batches(self) -> Generator[EpisodeBufferSamples, None, None]:
+        """The transitions of the batch, as many at a time as the policy should be shown."""
+        return self.rollout_buffer.get(chunk_size(self.policy))
 
-    def _compute_gradient(self) -> tuple[dict[str, float], th.Tensor, float]:
+    def _add_gradient(self, batch: EpisodeBufferSamples) -> tuple[Distribution, dict[str, float]]:
         """
-        Leave the gradient of the loss over the whole batch, clipped if asked for, in the parameters.
+        Add what some transitions contribute to the gradient of the loss.
 
-        :return: the parts of the loss without their coefficients, log-probabilities of the actions (n_transitions,), norm of
-            the gradient before clipping
-        :raises ValueError: if it is not finite
+        :return: the distribution of their actions, and the parts of their loss without coefficients
         """
-        losses: dict[str, float] = defaultdict(float)
-        log_probs = []
-        self.policy.optimizer.zero_grad()
-        is_clipped = isinstance(self.action_space, spaces.Box) and not self.policy.squash_output
-        for batch, actions in self._chunks():
-            # What evaluating the actions does not make anew is not what they were evaluated with
-            self.policy.action_dist.distribution = None  # type: ignore[assignment]
-            with nan_explained():
-                _, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
-            share = len(log_prob) / len(self.rollout_buffer.rewards)
-            parts = dict(
-                policy_gradient_loss=-(batch.advantages * log_prob).mean(),
-                # Approximate the entropy when it has no analytical form
-                entropy_loss=log_prob.mean() if entropy is None else -entropy.mean(),
-            )
-            loss = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
-            gaussian = self.policy.action_dist.distribution
-            if is_clipped and isinstance(gaussian, th.distributions.Normal):
-                low, high = (
-                    th.as_tensor(bound.flatten()).to(gaussian.mean)
-                    for bound in (self.action_space.low, self.action_space.high)  # type: ignore[attr-defined]
-                )
-                parts["bounds_loss"] = bounds_loss(gaussian.mean, gaussian.stddev.detach(), low, high)
-                if self.bounds_coef > 0:
-                    loss = loss + self.bounds_coef * parts["bounds_loss"]
-            (share * loss).backward()
-            for name, part in parts.items():
-                losses[name] += share * part.item()
-            log_probs.append(log_prob.detach())
+        space, policy = self.action_space, self.policy
+        actions = batch.actions.long().flatten() if isinstance(space, spaces.Discrete) else batch.actions
+        with explain_nan():
+            distribution, _ = evaluate(policy, batch.observations)
+            if overrides(policy, "evaluate_actions"):
+                _, log_prob, entropy = policy.evaluate_actions(batch.observations, actions)
+            else:
+                log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
+        parts = dict(
+            policy_gradient_loss=policy_gradient_loss(log_prob, batch.advantages),
+            entropy_loss=entropy_loss(log_prob, entropy),
+        )
+        loss = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
+        gaussian = distribution.distribution
+        if isinstance(space, spaces.Box) and not policy.squash_output and isinstance(gaussian, th.distributions.Normal):
+            low, high = (th.as_tensor(bound.flatten()).to(gaussian.mean) for bound in (space.low, space.high))
+            parts["bounds_loss"] = bounds_loss(gaussian.mean, gaussian.stddev.detach(), low, high)
+            if self.bounds_coef > 0:
+                loss = loss + self.bounds_coef * parts["bounds_loss"]
+        (loss * len(batch.returns) / self.rollout_buffer.size()).backward()
+        return distribution, {name: part.item() for name, part in parts.items()}
+
+    def _clip_gradient(self) -> float:
+        """Clip the gradient if asked for; return its norm before that, or raise a ValueError if it is not finite."""
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm).item()
         if not math.isfinite(grad_norm):
             raise ValueError(
-                f"The gradient of update {self._n_updates + 1} is not finite (losses {dict(losses)}): the step was not taken. "
-                "Rewards, observations or coefficients may be too large: scale them down"
+                f"The gradient of update {self._n_updates + 1} is not finite: the step was not taken. Scale down what is too "
+                "large: rewards, observations or coefficients"
             )
-        return losses, th.cat(log_probs), grad_norm
+        return grad_norm
 
-    def _look_at_policy(self) -> tuple[th.Tensor, np.ndarray | None]:
+    def _evaluate_batch(self) -> tuple[list[Distribution], th.Tensor]:
         """
-        :return: log-probabilities (n_transitions,) of the batch's actions, and what the baseline is linear in (n_transitions,
-            n_features) if the policy has looked at it on the way
-        :raises ValueError: if a log-probability is not finite
+        :return: the distributions of the actions, part by part, in evaluation mode; and what the baseline is linear in,
+            (n_transitions, n_features), unless the observation statistics are still to change
         """
-        with th.no_grad(), baseline_inputs(self.policy) as features:
-            try:
-                with nan_explained():
-                    log_prob = th.cat([self.policy.evaluate_actions(b.observations, a)[1] for b, a in self._chunks()])
-                if not th.isfinite(log_prob).all():
-                    raise ValueError("The policy's output is not finite: its own actions have log-probabilities that are not")
-            except ValueError as error:
-                raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
-        return log_prob, np.concatenate(features) if sum(map(len, features)) == len(log_prob) else None
+        distributions, features = [], []
+        with th.no_grad(), explain_nan():
+            for batch in self._batches():
+                distribution, vf_features = evaluate(self.policy, batch.observations)
+                distributions.append(copy(distribution))
+                if normalizer_of(self.policy) is None:
+                    features.append(baseline_features(self.policy, batch.observations, vf_features))
+        return distributions, th.cat(features) if features else th.empty(0)
 
-    def _shorten_step(
-        self, start: list[th.Tensor], new_log_prob: th.Tensor, features: np.ndarray | None, target_kl: float
-    ) -> tuple[float, np.ndarray | None]:
-        """
-        Go back towards the parameters before the step until it is no longer than it may be.
+    def _baseline_features(self) -> th.Tensor:
+        """(n_transitions, n_features) what the baseline is linear in, in the states of the batch."""
+        with th.no_grad():
+            return th.cat([baseline_features(self.policy, batch.observations) for batch in self._batches()])
 
-        :param start: the parameters of the policy before the step
-        :param new_log_prob: what :meth:`_look_at_policy` has returned after it
-        :param features: the same
-        :param target_kl: largest divergence, in nats per transition
-        :return: the divergence that is left, and features as :meth:`_look_at_policy` returns them
+    def _divergence(self, old: list[Distribution]) -> tuple[float | None, th.Tensor]:
+        """
+        :return: mean divergence from the distributions before the step, None if it has no closed form; and the features
+        :raises ValueError: if it is not finite, or has no closed form and is needed
+        """
+        try:
+            new, features = self._evaluate_batch()
+            with th.no_grad():
+                divergence = th.cat([kl_divergence(*pair) for pair in zip(old, new, strict=True)]).mean().item()
+            if not math.isfinite(divergence):
+                raise ValueError("The new policy is infinitely far from the old one")
+        except NotImplementedError as error:
+            if self.target_kl is None:
+                return None, features
+            name = type(old[0]).__name__
+            raise ValueError(f"The divergence of a {name} has no closed form: target_kl must be None with it") from error
+        except ValueError as error:
+            raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
+        return divergence, features
+
+    def _limit_step(self, start: list[th.Tensor], old: list[Distribution]) -> tuple[float | None, th.Tensor]:
+        """
+        Go back towards the parameters before the step until it is no longer than ``target_kl``.
+
+        :return: the divergence that is left and the features, see :meth:`_divergence`
         """
         end = [parameter.detach().clone() for parameter in self.policy.parameters()]
 
-        def take(share: float) -> None:
+        def move(length: float) -> None:
             with th.no_grad():
-                for parameter, old, new in zip(self.policy.parameters(), start, end, strict=True):
-                    parameter.copy_(th.lerp(old, new, share))
+                for parameter, first, last in zip(self.policy.parameters(), start, end, strict=True):
+                    parameter.copy_(th.lerp(first, last, length))
 
+        divergence, features = self._divergence(old)
+        if self.target_kl is None or divergence is None or divergence <= self.target_kl:
+            return divergence, features
         # Once more in evaluation mode: what dropout or batch norm do in training is no part of the step
-        take(0.0)
-        log_prob, _ = self._look_at_policy()
-        share = 1.0
-        take(share)
-        while not (kl := approximate_kl(log_prob, new_log_prob)) <= target_kl and share > 1e-6:
+        move(0.0)
+        old, _ = self._evaluate_batch()
+        length = 1.0
+        while length > 1e-6:
+            move(length)
+            divergence, features = self._divergence(old)
+            assert divergence is not None
+            if divergence <= self.target_kl:
+                break
             # The divergence of short steps is quadratic in their length, that of long ones may be anything
-            share *= min(max(math.sqrt(target_kl / kl), 0.5), 0.9) if math.isfinite(kl) else 0.5
-            take(share)
-            new_log_prob, features = self._look_at_policy()
-        return kl, features
-
-    def _refit_baseline(self, features: np.ndarray | None) -> None:
-        """
-        Bring the observation statistics up to date, then fit the baseline to the batch that has been learned from, with the
-        statistics and the feature extractor that it will be used with.
-
-        :param features: what it is linear in, with the new feature extractor; None if that is not known
-        """
-        if self.normalize_observations and self.policy.observation_normalizer.keys:  # type: ignore[union-attr]
-            self.policy.observation_normalizer.update(self.rollout_buffer.observations)  # type: ignore[union-attr,operator]
-            features = None
-        if self.baseline is not None:
-            assert isinstance(self.policy.value_net, LinearBaseline)
-            self.policy.value_net.fit(self._baseline_features() if features is None else features, self.rollout_buffer.returns)
-
-    def _baseline_features(self) -> np.ndarray:
-        """What the baseline is linear in, for all transitions of the batch."""
-        return baseline_features(self.policy, self.rollout_buffer.observation_chunks(chunk_size(self.policy)))
+            length *= min(max(math.sqrt(self.target_kl / divergence), 0.5), 0.9)
+        return divergence, features
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # Were the steps of the latest batch counted, as they are by SB3, a schedule would be past its beginning for the first
         # update, and at its end for the last one, which with whole episodes may be the only one
         super()._update_current_progress_remaining(self._num_timesteps_before_rollout, total_timesteps)
 
-    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        check_learning_rate(self.lr_schedule(self._current_progress_remaining), self._current_progress_remaining)
-        super()._update_learning_rate(optimizers)
-
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
+    ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("The model has no environment to learn from: give one to load() or set_env()")
+        if reset_num_timesteps:
+            self._last_obs = None
+        is_reset, episode_env = self._last_obs is None, self.env.unwrapped
+        if is_reset:
+            seed_next_episodes(self.env, self._next_schedule(None))
         try:
-            total_timesteps, callback = super()._setup_learn(*args, **kwargs)
+            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
         except Exception as error:
-            if raised_within(self.env, error):
+            if self._last_obs is None:
                 raise environment_error(self.env, error, "in reset()") from error
             raise
-        if self.num_timesteps > 0:
+        if isinstance(episode_env, EpisodeVecEnv):
+            episode_env.is_touched &= not is_reset
+        elif not is_reset:
             # Others, an evaluation for instance, may have stepped the environments since the last rollout
             self._last_episode_starts = np.zeros(self.n_envs, dtype=bool)
-        return total_timesteps, callback
-
-    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        if progress_bar:
-            given = callback if isinstance(callback, list) else [callback]
-            callback = [*(c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given), StepsProgressBar()]
-        return super()._init_callback(callback)
+        return result
 
     def learn(
         self: SelfREINFORCE,
@@ -548,26 +521,21 @@ class REINFORCE(OnPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfREINFORCE:
+        if progress_bar:
+            given = callback if isinstance(callback, list) else [callback]
+            callback = [*(c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given), StepsProgressBar()]
         return super().learn(
             total_timesteps=total_timesteps,
             callback=callback,
             log_interval=log_interval,
             tb_log_name=tb_log_name,
             reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
         )
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
-        """
-        Load parameters from a zip-file or a nested dictionary, see SB3. If they do not fit, nothing is changed.
-
-        :param load_path_or_dict: Location of the saved data (path or file-like), or a dictionary of state dictionaries
-        :param exact_match: If True, the given parameters should include parameters for each module and each of their
-            parameters, otherwise raises an Exception
-        :param device: Device on which the code should run
-        """
+        """Load parameters from a zip-file or a nested dictionary, see SB3. If they do not fit, nothing is changed."""
         before = deepcopy(self.get_parameters())
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
@@ -579,6 +547,7 @@ class REINFORCE(OnPolicyAlgorithm):
     def load(
         cls: type[SelfREINFORCE],
         path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | str | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> SelfREINFORCE:
@@ -586,11 +555,13 @@ class REINFORCE(OnPolicyAlgorithm):
         Load the model from a zip-file, see SB3's ``BaseAlgorithm.load``.
 
         :param path: path to the file (or a file-like) where to load the agent from
-        :param args: as in SB3
-        :param kwargs: as in SB3
+        :param env: The environment to learn from, as in the constructor; None if the model is to predict only
         :return: new model instance with loaded parameters
         :raises ValueError: if the file is damaged or holds a model of another algorithm, if the spaces of the environment
             are not those of the model, or if an argument asks for a baseline that is not the model's
         """
-        check_model_file(path, kwargs)
-        return super().load(path, *args, **kwargs)
+        changes = {**(kwargs.get("custom_objects") or {}), **kwargs}
+        content, saved = read_model_file(path, changes)
+        if env is not None:
+            env = wrap_env(env, changes.get("max_episode_steps", saved.get("max_episode_steps")), saved.get("verbose", 0))
+        return super().load(content, env, *args, **kwargs)

@@ -50,7 +50,7 @@ def discounted_returns(rewards: np.ndarray, episode_starts: np.ndarray, gamma: f
     return returns
 
 
-def batch_normalise(advantages: np.ndarray, eps: float = 1e-8) -> np.ndarray:
+def batch_normalize(advantages: np.ndarray, eps: float = 1e-8) -> np.ndarray:
     """
     Shift and scale advantages to mean 0 and standard deviation 1 over the batch.
 
@@ -64,5 +64,5 @@ def batch_normalise(advantages: np.ndarray, eps: float = 1e-8) -> np.ndarray:
     advantages = np.asarray(advantages, dtype=np.float64)
     if np.ptp(advantages) == 0.0:
         return np.zeros_like(advantages)
-    centred = advantages - advantages.mean()
-    return centred / (centred.std() + eps)
+    centered = advantages - advantages.mean()
+    return centered / (centered.std() + eps)

@@ -1,65 +1,323 @@
-"""A ``DummyVecEnv`` that is cheap to step and can leave some of its members alone."""
+"""
+Numbered episodes, and the ``VecEnv`` that runs them: one reset per episode, seeded by its number; idle environments are left
+alone.
+"""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import DummyVecEnv
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecTransposeImage
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
-#: Types that a deep copy would return as they are
+from sb3_reinforce.checks import check_count
+
+_LARGEST_REWARD = float(np.finfo(np.float32).max)
+#: Types that a deep copy returns as they are.
 _ATOMIC = frozenset({bool, int, float, str, type(None), np.bool_, np.float32, np.float64, np.int32, np.int64})
+
+
+def episode_seed(seed: int, number: int) -> int:
+    """What the environment of an episode is reset with, in [0, 2**31), from the model's seed and the episode's number."""
+    return int(np.random.SeedSequence(seed, spawn_key=(number, 0)).generate_state(1)[0] >> 1)
+
+
+class EpisodeSchedule:
+    """
+    Which episodes a rollout consists of, and which environment runs which.
+
+    An environment that ends an episode starts the next number while fewer than ``min_transitions`` transitions have been
+    collected, finished and in progress, or fewer than ``min_episodes`` episodes started; after that it is idle. Every episode
+    that is started is used: a batch is not biased towards short ones.
+
+    :param n_envs: number of environments
+    :param min_transitions: transitions wanted, over all environments
+    :param min_episodes: episodes wanted, over all environments
+    :param next_number: number of the first episode
+    :param seed: seed of the model, None to leave environments unseeded
+    """
+
+    def __init__(self, n_envs: int, min_transitions: int, min_episodes: int, next_number: int = 0, seed: int | None = None):
+        self.min_transitions = min_transitions
+        self.min_episodes = min_episodes
+        self.next_number = next_number
+        self.seed = seed
+        # Arrays are never changed in place: what was read from here stays as it was
+        #: (n_envs,) environments with an episode of the rollout
+        self.active = np.zeros(n_envs, dtype=bool)
+        #: (n_envs,) number of the latest episode of each environment, the step of the rollout at which it began, and what the
+        #: latest reset was seeded with
+        self.numbers = np.zeros(n_envs, dtype=int)
+        self.began = np.zeros(n_envs, dtype=int)
+        self.seeds: list[int | None] = [None] * n_envs
+        #: Environments that have started an episode with the latest step
+        self.started: list[int] = []
+        self.n_active = self.n_steps = self.n_transitions = self.n_started = 0
+        self._n_spare = 0
+        self._before = self.active, self.numbers, self.began
+
+    def wants_more(self) -> bool:
+        """Whether another episode has to be started."""
+        return self.n_transitions < self.min_transitions or self.n_started < self.min_episodes
+
+    def _seed_of(self, number: int) -> int | None:
+        return None if self.seed is None else episode_seed(self.seed, number)
+
+    def begin(self, at_start: np.ndarray) -> None:
+        """Start the first episodes where environments can begin one; the others finish one that is not in the rollout."""
+        for env_idx in at_start.nonzero()[0].tolist():
+            self._start(env_idx)
+        self._before = self.active, self.numbers, self.began
+
+    def begin_step(self) -> None:
+        """Count a step of all active environments, before it is taken."""
+        self._before = self.active, self.numbers, self.began
+        self.n_steps += 1
+        self.n_transitions += self.n_active
+        self._n_spare = 0
+        if self.started:
+            self.started = []
+
+    def end_episode(self, env_idx: int) -> bool:
+        """
+        An environment has ended an episode with the current step: start the next number in it, or let it go idle.
+
+        Call this for one environment after the other, in order. One that goes idle but is reset all the same gets the seed
+        that the next rollout expects, should that begin right there.
+
+        :return: whether the environment has started an episode
+        """
+        if self.active[env_idx]:
+            self.active = replaced(self.active, env_idx, False)
+            self.n_active -= 1
+        if self.wants_more():
+            self._start(env_idx)
+            return True
+        self.began = replaced(self.began, env_idx, self.n_steps)
+        self.seeds[env_idx] = self._seed_of(self.next_number + self._n_spare)
+        self._n_spare += 1
+        return False
+
+    def _start(self, env_idx: int) -> None:
+        self.active = replaced(self.active, env_idx, True)
+        self.numbers = replaced(self.numbers, env_idx, self.next_number)
+        self.began = replaced(self.began, env_idx, self.n_steps)
+        self.started.append(env_idx)
+        self.n_active += 1
+        self.n_started += 1
+        self.seeds[env_idx] = self._seed_of(self.next_number)
+        self.next_number += 1
+
+    def where(self, env_idx: int) -> str:
+        """The place of the current step of an environment, in words; what it has ended is not over yet."""
+        active, numbers, began = self._before
+        if not active[env_idx]:
+            return "within an episode that is not in the rollout"
+        return f"at step {self.n_steps - began[env_idx]} of episode {numbers[env_idx]}"
+
+
+def replaced(array: np.ndarray, index: int, value: Any) -> np.ndarray:
+    """A copy of an array with another value at an index."""
+    array = array.copy()
+    array[index] = value
+    return array
 
 
 class EpisodeVecEnv(DummyVecEnv):
     """
-    SB3's ``DummyVecEnv`` in about half its time, with the same results. Pass it to ``make_vec_env(..., vec_env_cls=...)``.
+    SB3's ``DummyVecEnv``, which also runs numbered episodes for REINFORCE.
 
-    ``DummyVecEnv`` makes deep copies of observations and infos at every step; here, arrays are copied as arrays, and only
-    what is not a plain number or string is copied deeply. On top of that, REINFORCE tells it which members have still an
-    episode to finish, and the others are not stepped.
+    Stepped by others (an evaluation, A2C) it returns what ``DummyVecEnv`` returns, in about half the time: only what is not a
+    plain number, string or array is copied deeply. Stepped by REINFORCE it follows an
+    :class:`EpisodeSchedule`: an environment is reset once for each of its episodes, with the seed of
+    that episode, and is not stepped while it has no episode to finish.
 
     :param env_fns: functions that make one environment each
     """
 
     def __init__(self, env_fns: list[Callable[[], gym.Env]]):
         super().__init__(env_fns)
-        #: (n_envs,) members that ``step`` steps, None for all; the others return their last observation, a reward of 0, and
-        #: empty infos
-        self.active: np.ndarray | None = None
-        #: The buffer of observations that are a single array, which needs no look at keys
+        self._init_episodes()
+
+    @classmethod
+    def take_over(cls, env: DummyVecEnv) -> "EpisodeVecEnv":
+        """Make a plain ``DummyVecEnv`` an ``EpisodeVecEnv``: the same object, so that whoever else has it is noticed."""
+        env.__class__ = cls
+        assert isinstance(env, EpisodeVecEnv)
+        env._init_episodes()
+        return env
+
+    def _init_episodes(self) -> None:
+        #: What REINFORCE has the environments do; None while others step them
+        self.schedule: EpisodeSchedule | None = None
+        #: Whether environments without an episode are stepped along, because a wrapper counts the steps
+        self.steps_idle_envs = False
+        #: Whether others have stepped or reset the environments since REINFORCE began its rollout
+        self.is_touched = False
+        #: Index of the environment that raised
+        self.failed_env: int | None = None
+        #: ``TimeLimit`` that :func:`wrap_env` has put around the environment
+        self.max_episode_steps: int | None = None
+        # Environments at the start of an episode, and the seeds they were reset with
+        self._at_start: dict[int, int | None] = {}
+        # The buffer of observations that are a single array, which needs no look at keys
         self._array: np.ndarray | None = self.buf_obs[None] if self.keys == [None] else None  # type: ignore[index]
 
+    def step(self, actions: np.ndarray) -> VecEnvStepReturn:
+        self.actions = actions
+        return self.step_wait()
+
     def step_wait(self) -> VecEnvStepReturn:
-        """
-        :return: observations, rewards, dones and infos of all members, independent of what the environments do next
-        """
-        infos: list[dict[str, Any]] = []
-        # The name env_idx is DummyVecEnv's: an error that an environment raises is traced to it by that
-        for env_idx, env in enumerate(self.envs):
-            if self.active is not None and not self.active[env_idx]:
-                self.buf_rews[env_idx], self.buf_dones[env_idx] = 0.0, False
-                infos.append({})
-                continue
-            obs, self.buf_rews[env_idx], terminated, truncated, info = env.step(self.actions[env_idx])
-            done = bool(terminated or truncated)
-            self.buf_dones[env_idx] = done
-            info["TimeLimit.truncated"] = truncated and not terminated
-            if done:
-                info["terminal_observation"] = obs
-                obs, self.reset_infos[env_idx] = env.reset()
-            if self._array is not None:
-                self._array[env_idx] = obs
-            else:
-                self._save_obs(env_idx, obs)
-            infos.append({key: value if type(value) in _ATOMIC else deepcopy(value) for key, value in info.items()})
+        """As ``DummyVecEnv``; idle environments have the last observation, a reward of 0, done False, an :func:`idle_info`."""
+        schedule = self.schedule
+        active = None
+        if schedule is None:
+            self.is_touched = True
+        elif schedule.n_active < self.num_envs and not self.steps_idle_envs:
+            active = schedule.active
+        self._at_start.clear()
+        infos = []
+        try:
+            for env_idx, env in enumerate(self.envs):
+                if active is not None and not active[env_idx]:
+                    self.buf_rews[env_idx], self.buf_dones[env_idx] = 0.0, False
+                    infos.append(idle_info(_copy(self.buf_infos[env_idx])))
+                    continue
+                reward: Any
+                obs, reward, terminated, truncated, info = env.step(self.actions[env_idx])
+                # What is too large for float32 becomes infinite without NumPy's warning
+                self.buf_rews[env_idx] = reward * np.inf if abs(reward) > _LARGEST_REWARD else reward
+                self.buf_infos[env_idx] = info
+                self.buf_dones[env_idx] = terminated or truncated
+                info["TimeLimit.truncated"] = truncated and not terminated
+                if terminated or truncated:
+                    info["terminal_observation"] = obs
+                    obs = self._end_episode(env_idx, obs)
+                if self._array is not None:
+                    self._array[env_idx] = obs
+                else:
+                    self._save_obs(env_idx, obs)
+                infos.append(_copy(info))
+        except Exception:
+            self.failed_env = env_idx
+            raise
         return self._obs_from_buf(), self.buf_rews.copy(), self.buf_dones.copy(), infos
+
+    def _end_episode(self, env_idx: int, obs: VecEnvObs) -> VecEnvObs:
+        """Reset an environment unless it goes idle; return the observation that it is left with."""
+        if self.schedule is None:
+            return self._reset_env(env_idx)
+        if self.schedule.end_episode(env_idx) or self.steps_idle_envs:
+            seed = self.schedule.seeds[env_idx]
+            return self._reset_env(env_idx) if seed is None else self._reset_env(env_idx, seed=seed)
+        return obs
+
+    def _reset_env(self, env_idx: int, **kwargs: Any) -> VecEnvObs:
+        obs, self.reset_infos[env_idx] = self.envs[env_idx].reset(**kwargs)
+        self._at_start[env_idx] = kwargs.get("seed")
+        return obs
+
+    def _begin_env(self, env_idx: int, seed: int | None) -> None:
+        """Reset an environment as ``DummyVecEnv.reset()`` does: options are used once."""
+        options = self._options[env_idx]
+        try:
+            obs = self._reset_env(env_idx, seed=seed, **({"options": options} if options else {}))
+        except Exception:
+            self.failed_env = env_idx
+            raise
+        self._options[env_idx] = {}
+        self._save_obs(env_idx, obs)
+
+    def reset(self) -> VecEnvObs:
+        self.is_touched = True
+        for env_idx, seed in enumerate(self._seeds):
+            self._begin_env(env_idx, seed)
+        self._reset_seeds()
+        return self._obs_from_buf()
+
+    def seed_episodes(self, seeds: Sequence[int | None]) -> None:
+        """Seed each environment at the next ``reset()``."""
+        self._seeds = list(seeds)
+
+    def begin_episodes(self, schedule: EpisodeSchedule) -> VecEnvObs:
+        """Reset the environments that begin an episode, except those that ``reset()`` has just reset for it."""
+        for env_idx in schedule.active.nonzero()[0].tolist():
+            seed = schedule.seeds[env_idx]
+            if env_idx not in self._at_start or seed not in (None, self._at_start[env_idx]):
+                self._begin_env(env_idx, seed)
+        self.is_touched = False
+        return self._obs_from_buf()
 
     def _obs_from_buf(self) -> VecEnvObs:
         if self._array is not None:
             return self._array.copy()
         return dict_to_obs(self.observation_space, OrderedDict((key, self.buf_obs[key].copy()) for key in self.keys))
+
+
+def _copy(info: dict[str, Any]) -> dict[str, Any]:
+    copied = info.copy()
+    for key, value in info.items():
+        if type(value) not in _ATOMIC:
+            copied[key] = deepcopy(value)
+    return copied
+
+
+def idle_info(info: dict[str, Any]) -> dict[str, Any]:
+    """The info of an environment without an episode: nothing in it marks an end, and ``TimeLimit.truncated`` is False."""
+    info = {key: value for key, value in info.items() if key not in ("episode", "terminal_observation")}
+    return {**info, "TimeLimit.truncated": False} if "TimeLimit.truncated" in info else info
+
+
+def wrap_env(
+    env: GymEnv | str | EnvSpec | Callable[[], GymEnv], max_episode_steps: int | None = None, verbose: int = 0
+) -> VecEnv:
+    """
+    Make the environment that REINFORCE steps.
+
+    SB3 wraps it as for its own algorithms, and an :class:`EpisodeVecEnv` takes over the ``DummyVecEnv`` that it makes, or a
+    plain one that is given. What is made from an id has no render mode, with which many environments draw every frame.
+
+    :param env: an id, a callable, an environment or a ``VecEnv``
+    :param max_episode_steps: put a ``TimeLimit`` of so many steps around the environment, inside of its ``Monitor``
+    :param verbose: 1 to print what is wrapped
+    :raises ValueError: if there is a ``max_episode_steps`` for a ``VecEnv``
+    """
+    check_count("max_episode_steps", max_episode_steps)
+    if isinstance(env, (str, EnvSpec)):
+        env = gym.make(env)
+    elif callable(env) and not isinstance(env, (gym.Env, VecEnv)):
+        env = env()
+    is_ours = type(env) is DummyVecEnv or not isinstance(env, VecEnv)
+    if isinstance(env, VecEnv):
+        if max_episode_steps not in (None, getattr(env.unwrapped, "max_episode_steps", None)):
+            raise ValueError(
+                f"max_episode_steps={max_episode_steps} cannot be put around the environments of a {type(env).__name__}: make "
+                'them with make_vec_env(..., env_kwargs={"max_episode_steps": ...}), and leave max_episode_steps at None'
+            )
+    elif max_episode_steps is not None:
+        if isinstance(env, Monitor):
+            env.env = TimeLimit(env.env, max_episode_steps)
+        else:
+            # A Monitor further inside would not see the limit
+            env = Monitor(TimeLimit(env, max_episode_steps))
+    vec_env = OnPolicyAlgorithm._wrap_env(env, verbose)
+    if not is_ours:
+        return vec_env
+    inner = vec_env.unwrapped
+    assert isinstance(inner, DummyVecEnv)
+    episode_env = EpisodeVecEnv.take_over(inner)
+    episode_env.max_episode_steps = max_episode_steps
+    if vec_env is inner:
+        return episode_env
+    assert isinstance(vec_env, VecTransposeImage)
+    vec_env.venv = episode_env
+    return vec_env

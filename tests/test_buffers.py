@@ -1,5 +1,7 @@
 """The rollout buffer: what goes in comes out whole and in order."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch as th
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
-from sb3_reinforce.returns import batch_normalise, discounted_returns
+from sb3_reinforce.returns import discounted_returns
 
 VECTOR = spaces.Box(-np.inf, np.inf, (2,))
 BOX = spaces.Box(-1, 1, (2, 3))
@@ -20,6 +22,7 @@ def fill(buffer: EpisodeRolloutBuffer, lengths_of_each: list[list[int]]) -> None
     totals = [sum(lengths) for lengths in lengths_of_each]
     starts = [np.isin(np.arange(total), np.cumsum([0, *ls])) for ls, total in zip(lengths_of_each, totals, strict=True)]
     for step in range(max(totals)):
+        assert buffer.size() == step
         obs = np.array([[env, step] for env in range(n_envs)], dtype=np.float32)
         active = np.array([step < total for total in totals])
         start = np.array([step < len(s) and s[step] for s in starts])
@@ -30,11 +33,19 @@ def fill(buffer: EpisodeRolloutBuffer, lengths_of_each: list[list[int]]) -> None
     buffer.finish()
 
 
+def filled(lengths_of_each: list[list[int]], space: spaces.Space = VECTOR, **kwargs: Any) -> EpisodeRolloutBuffer:
+    buffer = EpisodeRolloutBuffer(4, space, BOX, "cpu", n_envs=len(lengths_of_each), **kwargs)
+    fill(buffer, lengths_of_each)
+    n_transitions = sum(map(sum, lengths_of_each))
+    buffer.compute_returns_and_advantage(np.linspace(-1, 1, n_transitions))
+    return buffer
+
+
 lengths = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=4)
 
 
 @given(lengths, st.integers(1, 5))
-def test_episodes_are_lined_up_environment_by_environment(lengths_of_each: list[list[int]], buffer_size: int):
+def test_episodes_are_contiguous_environment_by_environment(lengths_of_each: list[list[int]], buffer_size: int):
     buffer = EpisodeRolloutBuffer(buffer_size, VECTOR, BOX, "cpu", gamma=0.9, n_envs=len(lengths_of_each))
     for _ in range(2):  # the second time over the memory of the first
         buffer.reset()
@@ -42,6 +53,7 @@ def test_episodes_are_lined_up_environment_by_environment(lengths_of_each: list[
         fill(buffer, lengths_of_each)
         assert buffer.full
         expected = [(env, step) for env, ls in enumerate(lengths_of_each) for step in range(sum(ls))]
+        assert buffer.size() == len(expected)
         np.testing.assert_array_equal(buffer.observations, expected)
         np.testing.assert_array_equal(buffer.rewards, [100 * env + step for env, step in expected])
         np.testing.assert_array_equal(buffer.actions, [np.full(6, 10 * env + step) for env, step in expected])
@@ -50,59 +62,96 @@ def test_episodes_are_lined_up_environment_by_environment(lengths_of_each: list[
 
 
 def test_returns_and_advantages():
-    buffer = EpisodeRolloutBuffer(4, VECTOR, BOX, "cpu", gamma=0.9, n_envs=2)
-    fill(buffer, [[3, 2], [4]])
+    buffer = filled([[3, 2], [4]], gamma=0.9)
     values = np.linspace(-1, 1, 9)
-    buffer.compute_returns_and_advantage(values)
+    np.testing.assert_array_equal(buffer.values, values)
     np.testing.assert_array_equal(buffer.returns, discounted_returns(buffer.rewards, buffer.episode_starts, 0.9))
     np.testing.assert_array_equal(buffer.advantages, buffer.returns - values)
-    buffer.normalize_advantages()
-    np.testing.assert_array_equal(buffer.advantages, batch_normalise(buffer.returns - values))
 
 
-def test_the_whole_rollout_is_one_batch_in_order():
-    buffer = EpisodeRolloutBuffer(4, VECTOR, BOX, "cpu", n_envs=2)
-    fill(buffer, [[3, 2], [4]])
-    buffer.compute_returns_and_advantage(np.zeros(9))
-    (batch,) = buffer.get()
-    for name in ("observations", "actions", "advantages", "returns"):
-        tensor = getattr(batch, name)
-        assert tensor.dtype == th.float32
-        np.testing.assert_allclose(tensor.numpy(), getattr(buffer, name), rtol=1e-6)
-    assert batch.old_values.shape == (9,)
+SAMPLES = {"observations": "observations", "actions": "actions", "old_values": "values"} | {
+    name: name for name in ("advantages", "returns")
+}
 
 
-def test_smaller_batches_are_a_partition():
-    buffer = EpisodeRolloutBuffer(4, VECTOR, BOX, "cpu", n_envs=2)
-    fill(buffer, [[3, 2], [4]])
-    buffer.compute_returns_and_advantage(np.zeros(9))
-    batches = list(buffer.get(batch_size=4))
-    assert [len(batch.returns) for batch in batches] == [4, 4, 1]
-    together = np.concatenate([batch.observations.numpy() for batch in batches])
-    assert sorted(map(tuple, together)) == sorted(map(tuple, buffer.observations))
+@pytest.mark.parametrize("batch_size", [None, 1, 4, 9, 100])
+def test_get_yields_all_transitions_once_and_in_order(batch_size: int | None):
+    buffer = filled([[3, 2], [4]])
+    batches = list(buffer.get() if batch_size is None else buffer.get(batch_size))
+    assert {len(batch.returns) for batch in batches[:-1]} <= {batch_size}
+    assert len(batches) == (1 if batch_size is None else -(-9 // batch_size))
+    for name, attribute in SAMPLES.items():
+        parts = [getattr(batch, name) for batch in batches]
+        assert all(part.dtype == th.float32 for part in parts)
+        np.testing.assert_allclose(th.cat(parts).numpy(), getattr(buffer, attribute), rtol=1e-6)
+
+
+def test_sample_draws_transitions_uniformly_with_replacement():
+    """With NumPy's global generator, as SB3 does it; five standard errors."""
+    buffer = filled([[3, 2], [4]])
+    np.random.seed(0)
+    samples = buffer.sample(9000)
+    rows = {tuple(observation): index for index, observation in enumerate(buffer.observations)}
+    indices = np.array([rows[tuple(observation)] for observation in samples.observations.numpy()])
+    counts = np.bincount(indices, minlength=9)
+    assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000 * 8 / 9)
+    # Every row of a sample is a transition
+    for name, attribute in SAMPLES.items():
+        np.testing.assert_allclose(getattr(samples, name).numpy(), getattr(buffer, attribute)[indices], rtol=1e-6)
+    np.random.seed(0)
+    assert th.equal(buffer.sample(9000).returns, samples.returns)
 
 
 def test_dictionary_observations():
-    space = spaces.Dict({"v": VECTOR, "d": spaces.Discrete(5)})
-    buffer = EpisodeRolloutBuffer(2, space, BOX, "cpu", n_envs=2)
-    fill(buffer, [[3], [1]])
-    buffer.compute_returns_and_advantage(np.zeros(4))
-    np.testing.assert_array_equal(buffer.observations["v"], [[0, 0], [0, 1], [0, 2], [1, 0]])
-    np.testing.assert_array_equal(buffer.observations["d"], [[0], [0], [0], [1]])
+    buffer = filled([[3], [1]], spaces.Dict({"v": VECTOR, "d": spaces.Discrete(5)}))
+    observations: Any = buffer.observations
+    np.testing.assert_array_equal(observations["v"], [[0, 0], [0, 1], [0, 2], [1, 0]])
+    np.testing.assert_array_equal(observations["d"], [[0], [0], [0], [1]])
     (batch,) = buffer.get()
     assert batch.observations["v"].shape == (4, 2)
     assert batch.observations["d"].dtype == th.int64
+    assert buffer.sample(3).observations["v"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.uint8, np.int32])
+def test_observations_keep_their_type(dtype: type):
+    space = spaces.Box(0, 200, (1,), dtype)  # type: ignore[arg-type]
+    buffer = EpisodeRolloutBuffer(1, space, BOX, "cpu")
+    value = np.array([[100 + 2**-40]], dtype=dtype)
+    buffer.add(value, np.zeros((1, 2, 3)), np.zeros(1), np.ones(1, dtype=bool), np.ones(1, dtype=bool))
+    buffer.finish()
+    (batch,) = buffer.get()
+    assert batch.observations.numpy().dtype == dtype
+    np.testing.assert_array_equal(batch.observations, value)
 
 
 def test_actions_of_integer_boxes_are_not_rounded():
     space = spaces.Box(-5, 5, (1,), dtype=np.int32)
     buffer = EpisodeRolloutBuffer(1, VECTOR, space, "cpu")
-    buffer.add(np.zeros((1, 2)), np.array([[0.75]], dtype=np.float32), np.zeros(1), np.ones(1), np.ones(1))
+    ones = np.ones(1, dtype=bool)
+    buffer.add(np.zeros((1, 2)), np.array([[0.75]], dtype=np.float32), np.zeros(1), ones, ones)
     buffer.finish()
     assert buffer.actions[0, 0] == 0.75
 
 
+def test_a_finished_rollout_stays_as_it_is_while_the_next_one_is_added():
+    """Nothing of the old one may be overwritten, where environments are copied out of the rows."""
+    buffer = filled([[3, 2], [4]])
+    actions, rewards = buffer.actions, buffer.rewards
+    copies = actions.copy(), rewards.copy()
+    buffer.reset()
+    ones = np.ones(2, dtype=bool)
+    for _ in range(9):
+        buffer.add(np.full((2, 2), -1), np.full((2, 2, 3), -1), np.full(2, -1), ones, ones)
+    np.testing.assert_array_equal(actions, copies[0])
+    np.testing.assert_array_equal(rewards, copies[1])
+
+
 def test_an_unfinished_rollout_cannot_be_learned_from():
     buffer = EpisodeRolloutBuffer(1, VECTOR, BOX, "cpu")
-    with pytest.raises(AssertionError, match="not finished"):
+    ones = np.ones(1, dtype=bool)
+    buffer.add(np.zeros((1, 2)), np.zeros((1, 2, 3)), np.zeros(1), ones, ones)
+    with pytest.raises(AssertionError):
         next(buffer.get())
+    with pytest.raises(AssertionError):
+        buffer.sample(1)

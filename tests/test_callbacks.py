@@ -1,8 +1,14 @@
-"""The progress bar; SB3's own callbacks are in test_callbacks_sb3.py."""
+"""The progress bar, and a callback from SB3's documentation; SB3's own callbacks are in tests/integration."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.logger import HParam
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.callbacks import StepsProgressBar
@@ -15,9 +21,9 @@ class Count(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("vec_env", [DummyVecEnv, EpisodeVecEnv])
-def test_the_bar_moves_by_the_steps_that_were_taken(vec_env):
-    env = vec_env([lambda length=length: ScriptedEnv([length]) for length in (3, 8)])
+@pytest.mark.parametrize("make", [DummyVecEnv, EpisodeVecEnv, lambda fns: VecNormalize(EpisodeVecEnv(fns))])
+def test_the_progress_bar_moves_by_the_steps_that_were_taken(make: Any):
+    env = make([lambda length=length: ScriptedEnv([length]) for length in (3, 8)])
     model = REINFORCE("MlpPolicy", env, n_steps=6)
     for _ in range(2):
         before, bar = model.num_timesteps, StepsProgressBar()
@@ -26,8 +32,41 @@ def test_the_bar_moves_by_the_steps_that_were_taken(vec_env):
 
 
 @pytest.mark.parametrize("callback", [None, Count(), [Count(), Count()], lambda locals_, globals_: True])
-def test_learn_shows_it_beside_whatever_callback_there_is(callback, capsys):
+def test_learn_shows_the_progress_bar_beside_whatever_callback_there_is(callback: Any, capsys: pytest.CaptureFixture):
     model = REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8).learn(20, callback=callback, progress_bar=True)
     assert f"{model.num_timesteps}/20" in capsys.readouterr().out
     for counted in callback if isinstance(callback, list) else [callback]:
         assert not isinstance(counted, Count) or counted.n_calls == model.num_timesteps
+
+
+class HParamCallback(BaseCallback):
+    """From SB3's documentation ("TensorBoard integration"): a schedule by its name is a value that TensorBoard can show."""
+
+    def _on_training_start(self) -> None:
+        hparam_dict = {
+            "algorithm": self.model.__class__.__name__,
+            "learning rate": self.model.learning_rate,
+            "gamma": self.model.gamma,
+        }
+        metric_dict = {"rollout/ep_len_mean": 0, "train/value_loss": 0.0}
+        self.logger.record(
+            "hparams",
+            HParam(hparam_dict, metric_dict),
+            exclude=("stdout", "log", "json", "csv"),  # type: ignore[arg-type]
+        )
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_the_hyperparameter_callback_of_the_documentation_works_with_the_default_arguments(tmp_path: Path):
+    model = REINFORCE("MlpPolicy", ScriptedEnv([4]), tensorboard_log=str(tmp_path))
+    model.learn(2001, callback=HParamCallback())
+    events = EventAccumulator(str(tmp_path / "REINFORCE_1"))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["algorithm"].string_value == "REINFORCE"
+    assert hparams["learning rate"].string_value == "lin_5e-3"
+    assert hparams["gamma"].number_value == 0.99
+    assert {"rollout/ep_len_mean", "train/value_loss"} <= set(events.Tags()["scalars"])

@@ -1,129 +1,225 @@
-"""Policies: observation normalisation, initialisation, and the baseline in the place of the critic."""
+"""Policies: observation normalization, initialization, and the baseline in the place of the critic."""
+
+import io
+import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3 import A2C
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from sb3_reinforce import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_reinforce.baselines import LinearBaseline, QuadraticFeatures, RandomFeatures
-from sb3_reinforce.policies import ObservationNormalizer, baseline_features, baseline_inputs, chunk_size
+from sb3_reinforce import REINFORCE, CnnPolicy, MlpPolicy, MultiInputPolicy, policies
+from sb3_reinforce.baselines import MAX_FEATURES, LinearBaseline, NoBaseline, QuadraticFeatures, RandomFeatures
+from sb3_reinforce.policies import ObservationNormalizer, baseline_features, chunk_size, evaluate, normalizer_of
 from tests.envs import RandomEnv
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
 IMAGE = spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8)
 CONTINUOUS = spaces.Box(-1, 1, (2,))
+BASELINES: list[Any] = ["linear", "quadratic", "random_features", None]
 
 
 def schedule(_: float) -> float:
     return 1e-3
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
-def test_statistics_are_those_of_all_observations_together(sizes: list[int], seed: int):
+# Normalization ---------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 2**32 - 1), st.sampled_from([1, 7, 2_000_000]))
+def test_statistics_are_mean_and_population_variance_of_all_observations_seen(sizes: list[int], seed: int, chunk: int):
     rng = np.random.default_rng(seed)
     normalizer = ObservationNormalizer(VECTOR)
     batches = [rng.normal(size=(size, 3)) * [1, 100, 1e-3] + [0, 1e3, 5] for size in sizes]
-    for batch in batches:
-        normalizer.update(batch)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(policies, "_CHUNK", chunk)
+        for batch in batches:
+            normalizer.update(batch)
     together = np.concatenate(batches)
-    probe = th.as_tensor(rng.normal(size=(4, 3)) * [1, 100, 1e-3] + [0, 1e3, 5])
-    # SB3 starts from mean 0 and variance 1 with the weight of 1e-4 observations
-    weights = np.append(np.ones(len(together)), 1e-4)
-    mean = (weights[:-1] @ together) / weights.sum()
-    var = (weights[:-1] @ (together - mean) ** 2 + 1e-4 * (1 + mean**2)) / weights.sum()
-    expected = np.clip((probe.numpy() - mean) / np.sqrt(var + 1e-8), -10, 10)
-    np.testing.assert_allclose(normalizer(probe).numpy(), expected, rtol=1e-5, atol=1e-6)
+    mean = sum(together) / len(together)
+    var = sum((together - mean) ** 2) / len(together)
+    np.testing.assert_allclose(normalizer.mean_0, mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(normalizer.var_0, var, rtol=1e-6, atol=1e-12)
+    assert normalizer.count_0 == len(together)
+    probe = rng.normal(size=(4, 3)) * [1, 100, 1e-3] + [0, 1e3, 5]
+    expected = np.clip((probe - mean) / np.sqrt(var + 1e-8), -10, 10)
+    np.testing.assert_allclose(normalizer(th.as_tensor(probe)).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_normalises_and_clips_as_vec_normalize_does():
+@pytest.mark.parametrize(
+    ("dtype", "offset", "scale", "tolerance"),
+    [
+        (np.float64, 1.7e9, 5.0, 1e-6),
+        (np.float64, -1e12, 0.1, 5e-3),
+        (np.float32, 100.0, 3.0, 1e-5),
+        (np.float16, 10.0, 3.0, 1e-6),
+        (np.int64, 10**12, 40.0, 1e-5),
+        (np.int16, -300, 40.0, 1e-6),
+        (np.uint8, 100, 20.0, 1e-6),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_large_offset_is_subtracted_before_anything_is_rounded(dtype: type, offset: float, scale: float, tolerance: float):
+    """Of 1.7e9 + x, a float32 keeps nothing of x."""
+    seen = (offset + scale * np.random.default_rng(0).normal(size=(500, 3))).astype(dtype)
+    normalizer = ObservationNormalizer(spaces.Box(-np.inf, np.inf, (3,)))
+    for part in np.split(seen, [100, 101, 350]):
+        normalizer.update(part)
+    # Exact: differences of observations are small numbers
+    exact = (seen.astype(np.float64) - seen[0].astype(np.float64)) if dtype != np.uint8 else seen.astype(np.float64)
+    expected = (exact - exact.mean(axis=0)) / np.sqrt(exact.var(axis=0) + 1e-8)
+    normalized = normalizer(th.as_tensor(seen))
+    assert normalized.dtype == th.float32
+    np.testing.assert_allclose(normalized.numpy(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_normalizes_and_clips_as_vec_normalize_does():
     env = VecNormalize(DummyVecEnv([lambda: RandomEnv(VECTOR, CONTINUOUS, 5)]))
     rng = np.random.default_rng(0)
     batch = rng.normal(size=(50, 3)) * [1, 10, 0.1] + 5
-    env.obs_rms.update(batch)
     normalizer = ObservationNormalizer(VECTOR)
     normalizer.update(batch)
+    env.obs_rms.mean, env.obs_rms.var = batch.mean(axis=0), batch.var(axis=0)
     probe = np.concatenate([batch, 1e6 * batch])
     np.testing.assert_allclose(normalizer(th.as_tensor(probe)).numpy(), env.normalize_obs(probe), rtol=1e-6)
 
 
-def test_only_vectors_of_a_dictionary_are_normalised():
+def test_an_observation_that_never_changes_becomes_zero():
+    normalizer = ObservationNormalizer(VECTOR)
+    for _ in range(3):
+        normalizer.update(np.full((10, 3), 0.1))
+    np.testing.assert_allclose(normalizer(th.full((2, 3), 0.1, dtype=th.float64)), 0, atol=1e-6)
+
+
+def test_only_vectors_of_a_dictionary_are_normalized():
     space = spaces.Dict({"a.b": VECTOR, "image": IMAGE, "discrete": spaces.Discrete(4), "other": spaces.Box(-1, 1, (2, 2))})
     normalizer = ObservationNormalizer(space)
-    assert normalizer.keys == ["a.b", "other"]
     batch = {key: np.stack([space[key].sample() for _ in range(20)]) for key in space}
     normalizer.update(batch)
-    tensors = {key: th.as_tensor(value).float() for key, value in batch.items()}
+    tensors = {key: th.as_tensor(value) for key, value in batch.items()}
     normalized = normalizer(tensors)
     for key in ("a.b", "other"):
-        np.testing.assert_allclose(normalized[key].mean(0), 0, atol=1e-4)
-        np.testing.assert_allclose(normalized[key].std(0, unbiased=False), 1, atol=1e-3)
+        np.testing.assert_allclose(normalized[key].mean(0), 0, atol=1e-6)
+        np.testing.assert_allclose(normalized[key].std(0, unbiased=False), 1, atol=1e-5)
     for key in ("image", "discrete"):
-        assert th.equal(normalized[key], tensors[key])
+        assert normalized[key] is tensors[key]
 
 
-def test_normalisation_changes_nothing_before_the_first_update():
+@pytest.mark.parametrize("space", [IMAGE, spaces.Discrete(3), spaces.MultiBinary(2), spaces.Dict(d=spaces.Discrete(3))])
+def test_policies_without_vectors_have_nothing_to_normalize(space: spaces.Space):
+    assert not ObservationNormalizer(space).state_dict()
+    cls = MultiInputPolicy if isinstance(space, spaces.Dict) else MlpPolicy
+    assert normalizer_of(cls(space, CONTINUOUS, schedule)) is None
+
+
+def test_normalization_changes_nothing_before_the_first_update():
     observations = th.randn(5, 3)
     th.testing.assert_close(ObservationNormalizer(VECTOR)(observations), observations, rtol=1e-6, atol=0)
 
 
-def test_acting_the_update_and_the_baseline_see_the_same_normalised_observations():
-    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, normalize_observations=True)
-    plain = MlpPolicy(VECTOR, CONTINUOUS, schedule, normalize_observations=False)
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+def test_acting_the_update_and_the_baseline_see_the_same_normalized_observations(share_features_extractor: bool):
+    policy, plain = (
+        MlpPolicy(
+            VECTOR,
+            CONTINUOUS,
+            schedule,
+            normalize_observations=normalize,
+            share_features_extractor=share_features_extractor,
+        )
+        for normalize in (True, False)
+    )
     policy.observation_normalizer.update(np.random.default_rng(0).normal(size=(50, 3)) * 3 + 2)
     plain.load_state_dict(policy.state_dict(), strict=False)
-    policy.value_net.weight[:], plain.value_net.weight[:] = 1.0, 1.0
+    for one in (policy, plain):
+        one.value_net.weight.fill_(1.0)
     raw = th.randn(6, 3) * 3 + 2
     normalized = policy.observation_normalizer(raw)
+    assert not th.allclose(raw, normalized)
     actions = th.randn(6, 2)
-    for output, expected in zip(
-        policy.evaluate_actions(raw, actions), plain.evaluate_actions(normalized, actions), strict=True
-    ):
-        th.testing.assert_close(output, expected)
-    np.testing.assert_allclose(
-        policy.predict(raw.numpy(), deterministic=True)[0], plain.predict(normalized.numpy(), deterministic=True)[0], rtol=1e-6
-    )
-    features = baseline_features(policy, [raw])
-    np.testing.assert_allclose(features[:, :3], normalized.numpy(), rtol=1e-6)
-    np.testing.assert_allclose(features, baseline_features(plain, [normalized]), rtol=1e-6)
+    pairs = [
+        (policy.evaluate_actions(raw, actions), plain.evaluate_actions(normalized, actions)),
+        (policy.predict_values(raw), plain.predict_values(normalized)),
+        (policy(raw, deterministic=True), plain(normalized, deterministic=True)),
+        (policy.get_distribution(raw).distribution.mean, plain.get_distribution(normalized).distribution.mean),
+        (evaluate(policy, raw)[0].distribution.mean, plain.get_distribution(normalized).distribution.mean),
+        (evaluate(policy, raw)[1], normalized),
+        (baseline_features(policy, raw), baseline_features(plain, normalized)),
+        (baseline_features(policy, raw)[:, :3], normalized),
+    ]
+    for found, expected in pairs:
+        th.testing.assert_close(found, expected)
+    predicted = [one.predict(x.numpy(), deterministic=True)[0] for one, x in ((policy, raw), (plain, normalized))]
+    np.testing.assert_allclose(*predicted, rtol=1e-5, atol=1e-6)
 
 
-def test_separate_extractors_share_one_normaliser():
-    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, normalize_observations=True, share_features_extractor=False)
-    assert policy.pi_features_extractor is not policy.vf_features_extractor
-    assert policy.pi_features_extractor.normalizer is policy.vf_features_extractor.normalizer
+# Features extractors ---------------------------------------------------------------------------------------------------------
 
 
-def test_defaults():
+class TwoLayers(BaseFeaturesExtractor):
+    def __init__(self, observation_space: spaces.Space):
+        super().__init__(observation_space, 5)
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 5)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return th.tanh(self.second(th.tanh(self.first(observations))))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_features_extractor_is_the_users(normalize: bool):
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, features_extractor_class=TwoLayers, normalize_observations=normalize)
+    assert type(policy.features_extractor) is TwoLayers
+    assert policy.pi_features_extractor is policy.vf_features_extractor is policy.features_extractor
+    assert type(CnnPolicy(spaces.Box(0, 255, (3, 36, 36), np.uint8), CONTINUOUS, schedule).features_extractor) is NatureCNN
+    assert type(MlpPolicy(VECTOR, CONTINUOUS, schedule).features_extractor) is FlattenExtractor
+
+
+# Initialization --------------------------------------------------------------------------------------------------------------
+
+
+def test_policy_defaults():
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
     layers = [*policy.mlp_extractor.policy_net, policy.action_net]
     assert [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
     assert [layer.out_features for layer in layers[::2]] == [64, 64, 2]
     assert (policy.ortho_init, policy.normalize_observations) == (True, True)
-    assert (policy.baseline, policy.baseline_memory, policy.value_net.memory) == ("random", 0.85, 0.85)
+    assert (policy.baseline, policy.baseline_memory, policy.value_net.memory) == ("random_features", 0.85, 0.85)
     assert th.equal(policy.log_std, th.full((2,), -0.75))
     settings = policy.optimizer.param_groups[0]
     assert (type(policy.optimizer), settings["betas"], settings["eps"]) == (th.optim.Adam, (0.9, 0.999), 1e-8)
     assert not policy.value_net.weight.any()
 
 
-def test_glorot_initialisation():
-    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, net_arch=[32, 32], ortho_init=False)
-    for layer in [*policy.mlp_extractor.policy_net[::2], policy.action_net]:
-        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
-        assert 0.7 * bound < layer.weight.abs().max() <= bound
-        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.25)
-        assert not layer.bias.any()
+def test_the_optimizer_holds_the_actor_and_nothing_else():
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
+    held = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
+    actor = [policy.log_std, *policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]
+    assert held == {id(parameter) for parameter in actor}
 
 
-def test_orthogonal_initialisation_is_sb3s():
-    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, net_arch=[32, 32], ortho_init=True)
-    weight = policy.mlp_extractor.policy_net[2].weight
-    th.testing.assert_close(weight @ weight.T, 2 * th.eye(32), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("net_arch", [[dict(pi=[4], vf=[8])], dict(pi=[4], vf=[8]), dict(pi=[4]), [4]], ids=str)
+def test_net_arch_of_a2c_is_accepted_with_the_warnings_that_it_deserves(net_arch: Any):
+    env = RandomEnv(spaces.Box(-1, 1, (3,)), CONTINUOUS, 5)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model = REINFORCE("MlpPolicy", env, n_steps=10, baseline="linear", policy_kwargs=dict(net_arch=net_arch))
+    texts = [str(warning.message) for warning in warned]
+    assert any("'vf' is ignored" in text for text in texts) == ("vf" in str(net_arch))
+    is_old = isinstance(net_arch[0], dict) if isinstance(net_arch, list) else False
+    assert any("shared layers in the mlp_extractor are removed" in text for text in texts) == is_old
+    assert model.policy.mlp_extractor.latent_dim_pi == 4
+    assert model.policy.mlp_extractor.latent_dim_vf == 3
+    assert model.learn(20)._n_updates >= 1
+
+
+# The baseline ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,60 +227,70 @@ def test_orthogonal_initialisation_is_sb3s():
     [
         ("linear", nn.Sequential, 3),
         ("quadratic", QuadraticFeatures, 6),
-        ("random", RandomFeatures, 131),
-        (None, nn.Sequential, 3),
+        ("random_features", RandomFeatures, 131),
     ],
 )
-def test_the_critic_branch_is_a_fixed_feature_map(baseline: str | None, feature_map: type, n_features: int):
+def test_the_critic_branch_is_a_fixed_feature_map(baseline: Any, feature_map: type, n_features: int):
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline=baseline)
     assert type(policy.mlp_extractor.value_net) is feature_map
-    assert isinstance(policy.value_net, LinearBaseline)
-    assert policy.value_net.in_features == n_features
-    observations = np.random.default_rng(0).normal(size=(2500, 3)).astype(np.float32)
-    features = baseline_features(policy, map(th.as_tensor, np.split(observations, [1000, 2000])))
-    assert features.shape == (2500, n_features)
+    assert type(policy.value_net) is LinearBaseline
+    observations = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    features = baseline_features(policy, th.as_tensor(observations))
+    assert features.shape == (50, n_features)
     np.testing.assert_array_equal(features[:, :3], observations)
 
 
-def test_the_optimiser_holds_the_actor_and_nothing_else():
-    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline="random", baseline_memory=0.5, normalize_observations=True)
-    held = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
-    actor = [policy.log_std, *policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]
-    assert held == {id(parameter) for parameter in actor}
+def test_no_baseline_has_neither_features_nor_values():
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline=None)
+    assert type(policy.value_net) is NoBaseline
+    assert baseline_features(policy, th.randn(5, 3)).shape == (5, 0)
+    assert th.equal(policy.predict_values(th.randn(5, 3)), th.zeros(5, 1, dtype=th.float64))
+
+
+def test_baseline_kwargs_set_ridge_and_units():
+    kwargs = dict(ridge=0.5, n_units=7)
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline_kwargs=kwargs)
+    assert policy.mlp_extractor.latent_dim_vf == 10
+    assert policy.value_net.ridge == 0.5
+    stream = io.BytesIO()
+    policy.save(stream)
+    stream.seek(0)
+    loaded = MlpPolicy.load(stream)
+    assert loaded.baseline_kwargs == kwargs
+    model = REINFORCE("MlpPolicy", RandomEnv(VECTOR, CONTINUOUS, 5), baseline="quadratic", baseline_kwargs=dict(ridge=3.0))
+    assert model.policy.value_net.ridge == 3.0
 
 
 def test_values_are_the_fitted_baseline():
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline="linear")
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(50, 3)).astype(np.float32)
-    policy.value_net.fit(baseline_features(policy, [th.as_tensor(observations)]), observations @ [1, 2, 3] + 4)
+    returns = observations @ [1, 2, 3] + 4
+    policy.value_net.fit(baseline_features(policy, th.as_tensor(observations)).numpy(), returns)
     values = policy.predict_values(th.as_tensor(observations)).numpy().flatten()
-    np.testing.assert_allclose(values, observations @ [1, 2, 3] + 4, rtol=1e-6)
+    np.testing.assert_allclose(values, returns, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("policy_class", "space", "n_features"), [(CnnPolicy, "image", 512), (MultiInputPolicy, "dict", 256 + 3)]
+    ("policy_class", "space", "n_features"), [(CnnPolicy, "image", MAX_FEATURES), (MultiInputPolicy, "dict", 259)]
 )
-def test_the_baseline_of_images_and_dictionaries_acts_on_extracted_features(policy_class: type, space: str, n_features: int):
+def test_the_baseline_of_images_and_dictionaries_acts_on_extracted_features(policy_class: Any, space: str, n_features: int):
+    """The 512 features of NatureCNN are projected; of 256 and a vector, nothing is lost."""
     image = spaces.Box(0, 255, (3, 36, 36), dtype=np.uint8)
     observation_space = image if space == "image" else spaces.Dict({"image": image, "vector": VECTOR})
     policy = policy_class(observation_space, CONTINUOUS, schedule, baseline="linear")
-    observations = (
+    observations: Any = (
         {key: np.stack([sub.sample() for _ in range(4)]) for key, sub in observation_space.items()}
-        if space == "dict"
+        if isinstance(observation_space, spaces.Dict)
         else np.stack([observation_space.sample() for _ in range(4)])
     )
-    assert baseline_features(policy, [policy.obs_to_tensor(observations)[0]]).shape == (4, n_features)
+    tensor = policy.obs_to_tensor(observations)[0]
+    features = baseline_features(policy, tensor)
+    assert features.shape == (4, n_features)
+    th.testing.assert_close(baseline_features(policy, tensor, evaluate(policy, tensor)[1]), features)
 
 
-def test_a_vf_architecture_is_ignored_with_a_warning():
-    with pytest.warns(UserWarning, match="'vf' is ignored"):
-        policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline="linear", net_arch=dict(pi=[7], vf=[5]))
-    assert policy.mlp_extractor.latent_dim_pi == 7
-    assert policy.mlp_extractor.latent_dim_vf == 3
-
-
-def test_chunks_of_images_are_small_and_batch_normalisation_sees_everything():
+def test_chunks_of_images_are_small_and_batch_normalization_sees_everything():
     assert chunk_size(MlpPolicy(VECTOR, CONTINUOUS, schedule)) > 1e4
     assert 50 < chunk_size(CnnPolicy(spaces.Box(0, 255, (4, 84, 84), dtype=np.uint8), CONTINUOUS, schedule)) < 100
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
@@ -192,12 +298,59 @@ def test_chunks_of_images_are_small_and_batch_normalisation_sees_everything():
     assert chunk_size(policy) > 1e18
 
 
-def test_what_the_baseline_is_asked_about_is_kept_for_a_while():
-    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule, baseline="linear")
-    observations = th.randn(7, 3)
-    with baseline_inputs(policy) as kept:
-        policy.predict_values(observations)
-        policy.evaluate_actions(observations[:2], th.zeros(2, 2))
-    policy.predict_values(observations)
-    assert [array.shape for array in kept] == [(7, 3), (2, 3)]
-    np.testing.assert_array_equal(kept[0], observations.numpy())
+# Wide observations -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_policy_for_wide_observations_is_hardly_larger_than_one_of_a2c(baseline: Any):
+    """54,006 numbers were 23 GB (Tianshou issue 184), when every feature was paired with every other."""
+    space = spaces.Box(-1, 1, (50_000,))
+    policy = MlpPolicy(space, CONTINUOUS, schedule, baseline=baseline)
+    numbers = sum(value.numel() for value in policy.state_dict().values())
+    of_a2c = sum(value.numel() for value in A2C.policy_aliases["MlpPolicy"](space, CONTINUOUS, schedule).state_dict().values())  # type: ignore[arg-type]
+    assert numbers < 1.6 * of_a2c
+
+
+@pytest.mark.parametrize("width", [3, 5000])
+def test_no_baseline_takes_no_memory(width: int):
+    policy = MlpPolicy(spaces.Box(-1, 1, (width,)), CONTINUOUS, schedule, baseline=None, normalize_observations=False)
+    assert policy.state_dict().keys() == dict(policy.named_parameters()).keys()
+    assert not [name for name in policy.state_dict() if "value" in name]
+
+
+class WideEnv(RandomEnv):
+    """All of a wide observation is equal: drawing random ones would take most of the time."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.remaining = self.max_length
+        return np.ones(self.observation_space.shape, dtype=np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.remaining -= 1
+        observation = np.full(self.observation_space.shape, self.remaining / self.max_length, dtype=np.float32)
+        return observation, 1.0, self.remaining == 0, False, {}
+
+
+@pytest.mark.parametrize("width", [8, 64, 192, 200, 257, 348, 1000, 30_000])
+def test_model_files_are_at_most_three_times_as_large_as_those_of_a2c(width: int):
+    space, sizes = spaces.Box(-1, 1, (width,)), {}
+    kwargs: dict[str, Any] = dict(n_steps=5)
+    models = {"A2C": A2C("MlpPolicy", WideEnv(space, CONTINUOUS, 5), **kwargs)}
+    models |= {b: REINFORCE("MlpPolicy", WideEnv(space, CONTINUOUS, 5), baseline=b, **kwargs) for b in BASELINES}
+    for name, model in models.items():
+        stream = io.BytesIO()
+        model.learn(5).save(stream)
+        sizes[name] = stream.getbuffer().nbytes
+    assert max(sizes[baseline] for baseline in BASELINES) <= 3 * sizes["A2C"], sizes
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 900), st.sampled_from(BASELINES))
+def test_wide_observations_are_learned_from(width: int, baseline: Any):
+    env = WideEnv(spaces.Box(-1, 1, (width,)), CONTINUOUS, 5)
+    model = REINFORCE("MlpPolicy", env, n_steps=20, baseline=baseline, seed=0).learn(20)
+    values = model.policy.predict_values(th.as_tensor(model.rollout_buffer.observations))
+    assert th.isfinite(values).all()
+    if baseline is not None:
+        # Returns fall with the observation, which all features show alike
+        assert (values.flatten()[:5].diff() < 0).all()

@@ -1,4 +1,4 @@
-"""Returns, advantages and normalisation, against their definitions in plain Python."""
+"""Returns, advantages and normalization, against their definitions in plain Python."""
 
 import tracemalloc
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_reinforce.returns import batch_normalise, discounted_returns, steps_to_episode_end
+from sb3_reinforce.returns import batch_normalize, discounted_returns, steps_to_episode_end
 
 rewards = st.floats(-1e6, 1e6, allow_nan=False, width=32)
 batches_of_episodes = st.lists(st.lists(rewards, min_size=1, max_size=40), min_size=1, max_size=8)
@@ -80,24 +80,24 @@ def test_memory_is_at_most_three_times_the_arrays():
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=100))
-def test_normalised_advantages_follow_the_definition(values: list[float]):
+def test_normalized_advantages_follow_the_definition(values: list[float]):
     advantages = np.array(values)
-    normalised = batch_normalise(advantages)
+    normalized = batch_normalize(advantages)
     if np.ptp(advantages) == 0:
-        np.testing.assert_array_equal(normalised, 0.0)
+        np.testing.assert_array_equal(normalized, 0.0)
     else:
         mean = sum(values) / len(values)
         std = (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
-        np.testing.assert_allclose(normalised, [(value - mean) / (std + 1e-8) for value in values], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(normalized, [(value - mean) / (std + 1e-8) for value in values], rtol=1e-6, atol=1e-6)
 
 
 @given(st.lists(st.integers(-1000, 1000), min_size=2, max_size=50), st.floats(0.1, 1e3), st.floats(-1e3, 1e3))
-def test_normalised_advantages_ignore_unit_and_offset(values: list[int], scale: float, shift: float):
+def test_normalized_advantages_ignore_unit_and_offset(values: list[int], scale: float, shift: float):
     advantages = np.array(values, dtype=float)
-    np.testing.assert_allclose(batch_normalise(scale * advantages + shift), batch_normalise(advantages), atol=1e-5)
+    np.testing.assert_allclose(batch_normalize(scale * advantages + shift), batch_normalize(advantages), atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.1, -3.0, 1e10, 1e300])
 @pytest.mark.parametrize("n_transitions", [1, 3, 1000])
 def test_equal_advantages_become_exactly_zero(value: float, n_transitions: int):
-    np.testing.assert_array_equal(batch_normalise(np.full(n_transitions, value)), 0.0)
+    np.testing.assert_array_equal(batch_normalize(np.full(n_transitions, value)), 0.0)

@@ -37,7 +37,7 @@ def identity_env(make, n_envs=4):
         ),
     ],
 )
-def test_learns_to_repeat_the_observation(make, kwargs):
+def test_the_identity_environments_of_sb3_are_solved(make, kwargs):
     env = identity_env(make)
     model = REINFORCE("MlpPolicy", env, learning_rate=0.03, n_steps=100, gamma=0.4, seed=0, **kwargs)
     untrained, _ = evaluate_policy(model, env, n_eval_episodes=8)
@@ -49,8 +49,8 @@ def test_learns_to_repeat_the_observation(make, kwargs):
 
 
 @pytest.mark.parametrize("policy", ["MlpPolicy", ActorCriticPolicy])
-def test_learns_with_all_defaults(policy):
-    """Policies of SB3 have a feature map of their own for the baseline, and no normalisation."""
+def test_cartpole_is_learned_with_all_defaults(policy):
+    """Policies of SB3 have a feature map of their own for the baseline, and no normalization."""
     model = REINFORCE(policy, "CartPole-v1", seed=1)
     untrained, _ = evaluate_policy(model, model.get_env(), n_eval_episodes=10)
     assert untrained < 50

@@ -1,0 +1,148 @@
+"""What the tests of whole runs share."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from tests.envs import RandomEnv
+
+VECTOR = spaces.Box(-1, 1, (3,))
+PAIR = spaces.Box(-1, 1, (2,))
+CHOICE = spaces.Discrete(3)
+GRAY_IMAGE = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+#: Of the space VECTOR
+OBSERVATIONS = np.random.default_rng(0).uniform(-1, 1, (10, 3)).astype(np.float32)
+
+
+def random_env(n_envs: int = 1, observation_space: spaces.Space = VECTOR, action_space: spaces.Space = PAIR) -> DummyVecEnv:
+    """Monitored environments of random observations and rewards, with episodes of up to 7 steps."""
+    return DummyVecEnv([lambda: Monitor(RandomEnv(observation_space, action_space, 7))] * n_envs)
+
+
+def weights(module: Any) -> th.Tensor:
+    """A copy of the parameters of a module, or of the policy of a model."""
+    module = module.policy if isinstance(module, BaseAlgorithm) else module
+    return th.nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Two nestings of dictionaries, lists and tensors are the same, bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, th.Tensor):
+        assert th.equal(one, other)
+    else:
+        assert one == other
+
+
+def assert_same_parameters(model: BaseAlgorithm, other: BaseAlgorithm) -> None:
+    """Policy, baseline, statistics and optimizer of two models are the same, bit for bit."""
+    assert_same(dict(model.get_parameters()), dict(other.get_parameters()))
+
+
+class Batches(BaseCallback):
+    """Keeps copies of the batches that are learned from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        names = ("observations", "actions", "rewards", "returns", "values", "advantages")
+        # The buffer uses its memory again
+        batch = {name: deepcopy(getattr(buffer, name)) for name in names}
+        batch["starts"] = np.flatnonzero(buffer.episode_starts)
+        batch["logged"] = dict(self.logger.name_to_value)
+        self.batches.append(batch)
+
+    def episodes(self, observations: Callable[[Any], np.ndarray] = np.asarray) -> list[np.ndarray]:
+        """
+        :param observations: makes one array of the observations of a batch
+        :return: the observations of each episode, batch by batch
+        """
+        return [
+            episode for batch in self.batches for episode in np.split(observations(batch["observations"]), batch["starts"][1:])
+        ]
+
+
+class PlaceEnv(gym.Env):
+    """
+    Episodes of 1 to ``max_length`` steps. Each observation says where it is from: [environment, episode, step, length].
+
+    :param index: of the environment among its siblings
+    :param kind: "vector" for these numbers alone, "dict" for them under "place" beside noise, "image" for them as pixels
+    :param max_length: an episode has any number of steps up to this, drawn from the environment's generator
+    """
+
+    action_space = CHOICE
+
+    def __init__(self, index: int = 0, kind: str = "vector", max_length: int = 9):
+        vector = spaces.Box(0, np.inf, (4,))
+        self.observation_space: spaces.Space = {
+            "vector": vector,
+            "dict": spaces.Dict(place=vector, noise=spaces.Box(-np.inf, np.inf, (2,))),
+            "image": spaces.Box(0, 255, (3, 4, 1), np.uint8),
+        }[kind]
+        self.index = index
+        self.kind = kind
+        self.max_length = max_length
+        self.episode = -1
+
+    def _observe(self) -> Any:
+        place = np.array([self.index, self.episode, self.n_steps, self.length], np.float32)
+        if self.kind == "dict":
+            return {"place": place, "noise": self.np_random.normal(5, 3, 2).astype(np.float32)}
+        return np.resize(place, (3, 4, 1)).astype(np.uint8) if self.kind == "image" else place
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.episode += 1
+        self.n_steps = 0
+        self.length = int(self.np_random.integers(1, self.max_length, endpoint=True))
+        return self._observe(), {"seed": seed}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict]:
+        self.n_steps += 1
+        reward = float(100 * self.index + self.n_steps + action)
+        return self._observe(), reward, self.n_steps == self.length, False, {}
+
+
+def place(observations: Any) -> np.ndarray:
+    """
+    :param observations: of a :class:`PlaceEnv`, as they are in a batch; stacked frames are fine
+    :return: (n_transitions, 4) environment, episode, step and length
+    """
+    if isinstance(observations, dict):
+        observations = observations["place"]
+    if observations.dtype == np.uint8:
+        # Channels first; the latest frame is the last
+        return observations[:, -1].reshape(len(observations), -1)[:, :4].astype(float)
+    return observations[:, -4:]
+
+
+def assert_whole(episodes: list[np.ndarray]) -> None:
+    """Episodes of a :class:`PlaceEnv`, as :func:`place` gives them, are whole, and none is there twice."""
+    for episode in episodes:
+        index, number, _, length = episode[0]
+        expected = [[index, number, step, length] for step in range(int(length))]
+        np.testing.assert_array_equal(episode, expected)
+    assert len({tuple(episode[0, :2]) for episode in episodes}) == len(episodes)
