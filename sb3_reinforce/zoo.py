@@ -4,22 +4,23 @@ RL Zoo: its own commands, with ``reinforce`` among the algorithms.
     python -m sb3_reinforce.zoo train --env LunarLanderContinuous-v3     # or: sb3-reinforce train ...
     python -m sb3_reinforce.zoo enjoy --env LunarLanderContinuous-v3
 
-Scripts of one's own call :func:`register` before they call rl_zoo3.
+A script of your own calls :func:`register` before it calls rl_zoo3.
 """
 
 import argparse
 import importlib
-import math
+import os
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-from stable_baselines3.common.callbacks import ProgressBarCallback
-from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from sb3_reinforce.callbacks import StepsProgressBar
@@ -28,22 +29,22 @@ from sb3_reinforce.vec_env import EpisodeVecEnv
 
 ALGO = "reinforce"
 _DEFAULTS = ["--algo", ALGO, "--folder", "logs"]
-#: For each command, its module and what its options are by default: the folders are those that ``train`` writes to, where
-#: rl_zoo3's own would be that of the agents it has trained
-COMMANDS: dict[str, tuple[str, list[str]]] = {
-    "train": ("rl_zoo3.train", ["--algo", ALGO]),
-    "enjoy": ("rl_zoo3.enjoy", _DEFAULTS),
-    "record_video": ("rl_zoo3.record_video", _DEFAULTS),
-    "plot_train": ("rl_zoo3.plots", ["--algo", ALGO, "--exp-folder", "logs"]),
-    "all_plots": ("rl_zoo3.plots", ["--algos", ALGO, "--exp-folders", "logs"]),
-    "plot_from_file": ("rl_zoo3.plots", []),
-    "benchmark": ("rl_zoo3.benchmark", ["--log-dir", "logs"]),
-    "load_from_hub": ("rl_zoo3.load_from_hub", _DEFAULTS),
-    "push_to_hub": ("rl_zoo3.push_to_hub", _DEFAULTS),
+#: The commands of rl_zoo3 and their default options here: folders are those that ``train`` writes, and ``enjoy``, which would
+#: cut episodes as training does, has the environment's own time limit.
+COMMANDS: dict[str, list[str]] = {
+    "train": ["--algo", ALGO],
+    "enjoy": [*_DEFAULTS, "--env-kwargs", "max_episode_steps:None"],
+    "record_video": _DEFAULTS,
+    "record_training": _DEFAULTS,
+    "plot_train": ["--algo", ALGO, "--exp-folder", "logs"],
+    "all_plots": ["--algos", ALGO, "--exp-folders", "logs"],
+    "plot_from_file": [],
+    "benchmark": ["--log-dir", "logs"],
+    "load_from_hub": _DEFAULTS,
+    "push_to_hub": _DEFAULTS,
 }
-#: The commands that rl_zoo3 has as scripts, not as functions
-_SCRIPTS = ("record_video", "benchmark", "load_from_hub", "push_to_hub")
-
+#: Those that rl_zoo3 has as scripts, not as functions
+_SCRIPTS = ("record_video", "record_training", "benchmark", "load_from_hub", "push_to_hub")
 _NET_ARCHS = {"linear": [], "small": [32, 32], "medium": [64, 64], "large": [256, 256]}
 _ACTIVATION_FNS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -66,48 +67,24 @@ def register() -> None:
         return
 
     class ExperimentManager(rl_zoo3.exp_manager.ExperimentManager):
-        """rl_zoo3's, which says in no other way what an algorithm is to have. Others than ``reinforce`` see no difference."""
+        """rl_zoo3's, with what ``reinforce`` needs. Other algorithms see no difference."""
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             if self.algo == ALGO:
                 self.config = find_config(kwargs.get("config"))
-            # Same results, but cheaper to step. There is nothing to do about render modes: rl_zoo3 makes its training
-            # environments without one
-            if self.algo == ALGO and self.vec_env_class is DummyVecEnv:
-                self.vec_env_class = EpisodeVecEnv
+                # REINFORCE makes this of a plain DummyVecEnv itself, but not of one below a wrapper
+                if self.vec_env_class is DummyVecEnv:
+                    self.vec_env_class = EpisodeVecEnv
 
-        def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
-            rate = hyperparams.get("learning_rate")
-            self.max_episode_steps = hyperparams.get("max_episode_steps")
-            processed = super()._preprocess_hyperparams(hyperparams)
-            # rl_zoo3's own class of schedules would be saved with the model, which could not be loaded without rl_zoo3 then
-            if self.algo == ALGO and isinstance(rate, str):
-                processed[0]["learning_rate"] = linear_schedule(rate)
-            return processed
-
-        def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-            env_kwargs = self.env_kwargs
-            own_limit = env_kwargs.get("max_episode_steps", gym.spec(self.env_name.gym_id).max_episode_steps) or math.inf
-            limit = self.max_episode_steps or math.inf
-            # Wrappers may count steps differently than the environment within
-            if self.algo != ALGO or eval_env or self.env_wrapper is not None or limit >= own_limit:
-                return super().create_envs(n_envs, eval_env, no_log)
-            # Episodes that REINFORCE would cut end by themselves then, which puts them into monitor.csv
-            self.env_kwargs = {**env_kwargs, "max_episode_steps": limit}
-            try:
-                return super().create_envs(n_envs, eval_env, no_log)
-            finally:
-                self.env_kwargs = env_kwargs
-
-        def create_callbacks(self) -> None:
-            super().create_callbacks()
-            # SB3's progress bar counts idle environments too
-            if self.algo == ALGO:
-                self.callbacks = [StepsProgressBar() if type(c) is ProgressBarCallback else c for c in self.callbacks]
+        def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+            # REINFORCE reads "lin_5e-3" itself; with a schedule of rl_zoo3, a model would not load without rl_zoo3
+            return hyperparams if self.algo == ALGO else super()._preprocess_schedules(hyperparams)
 
     # Both modules have a name for it, whichever is imported from
     rl_zoo3.exp_manager.ExperimentManager = rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]
+    # SB3's own also counts the steps that idle environments do not take
+    rl_zoo3.exp_manager.ProgressBarCallback = StepsProgressBar  # type: ignore[misc]
     rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER[ALGO] = sample_reinforce_params
     rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER[ALGO] = convert_reinforce_params
     rl_zoo3.ALGOS[ALGO] = REINFORCE
@@ -119,21 +96,12 @@ def find_config(name: str | None) -> str:
         for the latter
     :return: the path or module for rl_zoo3 to read
     """
-    folder = Path(__file__).parent / "zoo_configs"
-    if not folder.is_dir():
-        # In a checkout; building the package is what puts them inside
-        folder = Path(__file__).parent.parent / "zoo_configs"
+    package = Path(__file__).parent
+    # A build puts the files inside the package, a checkout has them beside it
+    folder = next(path for path in (package / "zoo_configs", package.parent / "zoo_configs") if path.is_dir())
     if name is None:
         return str(folder / "reinforce.yml")
     return str(folder / name) if (folder / name).is_file() and not Path(name).exists() else name
-
-
-def linear_schedule(text: str) -> LinearSchedule:
-    """
-    :param text: as in rl_zoo3's files: "lin_" and the value to begin with
-    :return: a schedule from this value to 0
-    """
-    return LinearSchedule(float(text.split("_")[1]), 0.0, 1.0)
 
 
 def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +121,7 @@ def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_
         "lr_schedule": trial.suggest_categorical("lr_schedule", ["linear", "constant"]),
         "target_kl": trial.suggest_float("target_kl", 1e-3, 0.1, log=True),
         "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
-        "baseline": trial.suggest_categorical("baseline", ["linear", "quadratic", "random"]),
+        "baseline": trial.suggest_categorical("baseline", ["linear", "quadratic", "random_features"]),
         "baseline_memory": trial.suggest_float("baseline_memory", 0.0, 0.9),
         "bootstrap_timeouts": trial.suggest_categorical("bootstrap_timeouts", [False, True]),
         "normalize_observations": trial.suggest_categorical("normalize_observations", [False, True]),
@@ -165,18 +133,13 @@ def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_
         sampled_params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 0.5)
     # Display true values
     trial.set_user_attr("gamma", 1 - sampled_params["one_minus_gamma"])
-    hyperparams = convert_reinforce_params(sampled_params)
-    if isinstance(hyperparams["learning_rate"], str):
-        hyperparams["learning_rate"] = linear_schedule(hyperparams["learning_rate"])
-    return hyperparams
+    return convert_reinforce_params(sampled_params)
 
 
 def convert_reinforce_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    Turn what was sampled in a trial into hyperparameters as a file would have them.
-
-    :param sampled_params: parameters of the trial
-    :return: hyperparameters
+    :param sampled_params: parameters of a trial
+    :return: arguments for the algorithm
     """
     hyperparams = sampled_params.copy()
     hyperparams["gamma"] = 1 - hyperparams.pop("one_minus_gamma")
@@ -191,22 +154,48 @@ def convert_reinforce_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     return {**hyperparams, "policy_kwargs": policy_kwargs}
 
 
-def _mend_benchmark() -> None:
-    """It starts ``python enjoy.py``: a file that only rl_zoo3's repository has, and a process that has no ``reinforce``."""
+@contextmanager
+def _patch_subprocesses(with_ffmpeg: bool = False) -> Iterator[None]:
+    """Let benchmark and record_training start commands that know ``reinforce``; the latter may need imageio-ffmpeg as well."""
+    call, path = subprocess.call, os.environ.get("PATH", "")
+    # rl_zoo3's repository has an enjoy.py, its package none
+    commands = {("python", "enjoy.py"): "enjoy", ("python", "-m", "rl_zoo3.record_video"): "record_video"}
 
-    def start_enjoy(command: list[str]) -> int:
-        return subprocess.run([sys.executable, "-m", "sb3_reinforce.zoo", "enjoy", *command[2:]]).returncode
+    def start(command: Any, *args: Any, **kwargs: Any) -> int:
+        for known, ours in commands.items():
+            if tuple(command[: len(known)]) == known:
+                command = [sys.executable, "-m", "sb3_reinforce.zoo", ours, *command[len(known) :]]
+        return call(command, *args, **kwargs)
 
-    subprocess.call = start_enjoy  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        if with_ffmpeg and shutil.which("ffmpeg") is None:
+            from imageio_ffmpeg import get_ffmpeg_exe
+
+            os.symlink(get_ffmpeg_exe(), Path(folder, "ffmpeg"))
+        subprocess.call = start  # type: ignore[assignment]
+        os.environ["PATH"] = f"{path}{os.pathsep}{folder}"
+        try:
+            yield
+        finally:
+            subprocess.call, os.environ["PATH"] = call, path
 
 
-def _mend_hub() -> None:
-    """rl_zoo3 (2.9) has not followed huggingface_sb3 to its version 3, from which another client raises the errors."""
-    import requests.exceptions
+def _patch_hub() -> None:
+    """Give rl_zoo3 what huggingface_sb3 had before version 3."""
+    import huggingface_sb3
     from huggingface_hub.errors import HfHubHTTPError
+    from requests.exceptions import HTTPError
 
-    # What rl_zoo3 catches this for is a file that is not on the hub, such as the statistics of a model without VecNormalize
-    requests.exceptions.HTTPError = HfHubHTTPError  # type: ignore[assignment,misc]
+    load = huggingface_sb3.load_from_hub
+
+    def load_from_hub(repo_id: str, filename: str) -> str:
+        try:
+            return load(repo_id, filename)
+        except HfHubHTTPError as error:
+            # rl_zoo3 catches this for files that need not be there, such as the statistics of VecNormalize
+            raise HTTPError(str(error)) from error
+
+    huggingface_sb3.load_from_hub = load_from_hub
     # The package has a function of the same name
     push_to_hub: Any = importlib.import_module("huggingface_sb3.push_to_hub")
     if not hasattr(push_to_hub, "generate_metadata"):
@@ -226,17 +215,15 @@ def main() -> None:
         raise SystemExit(str(error)) from error
 
     command = arguments.command
-    module, defaults = COMMANDS[command]
-    # Of an option that is there twice, the latter counts
-    sys.argv = [f"sb3-reinforce {command}", *defaults, *arguments.options]
+    # A repeated option overrides the default
+    sys.argv = [f"sb3-reinforce {command}", *COMMANDS[command], *arguments.options]
     if command not in _SCRIPTS:
-        getattr(importlib.import_module(module), command)()
+        getattr(importlib.import_module("rl_zoo3.cli"), command)()
         return
-    if command == "benchmark":
-        _mend_benchmark()
     if command.endswith("_hub"):
-        _mend_hub()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+        _patch_hub()
+    with _patch_subprocesses(with_ffmpeg=command == "record_training"):
+        runpy.run_module(f"rl_zoo3.{command}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

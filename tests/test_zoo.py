@@ -1,5 +1,6 @@
 """RL Zoo's commands as users start them, this project's hyperparameter files, and what register() changes."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from typing import Any
 
 import gymnasium as gym
 import huggingface_hub
+import huggingface_sb3
 import numpy as np
 import optuna
 import pytest
-import requests.exceptions
 import rl_zoo3.exp_manager
 import rl_zoo3.train
 import torch as th
@@ -45,8 +46,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     zoo.register()
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    monkeypatch.setattr(subprocess, "call", subprocess.call)
-    monkeypatch.setattr(requests.exceptions, "HTTPError", requests.exceptions.HTTPError)
+    monkeypatch.setattr(huggingface_sb3, "load_from_hub", huggingface_sb3.load_from_hub)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,28 @@ def test_records_a_video(folder: Path, monkeypatch: pytest.MonkeyPatch):
     run(monkeypatch, "record_video", "--env", ENV, "-n", "20")
     (video,) = (folder / FIRST_RUN / "videos").glob("*.mp4")
     assert b"ftyp" in video.read_bytes()[:16]
+
+
+def test_records_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    """It starts ``record_video`` in processes of its own, and ``ffmpeg``, which need not be installed."""
+    # One process for each of these
+    for model in (FIRST_RUN / "best_model.zip", *FIRST_RUN.glob("rl_model_*_steps.zip")):
+        model.unlink()
+    path = os.environ["PATH"]
+    run(monkeypatch, "record_training", "--env", ENV, "-n", "20", "--gif")
+    videos = FIRST_RUN / "videos"
+    assert b"ftyp" in (videos / "training.mp4").read_bytes()[:16]
+    assert (videos / "training.gif").read_bytes().startswith(b"GIF8")
+    assert len(list(videos.glob("final-model-*.mp4"))) == 1
+    assert os.environ["PATH"] == path
+
+
+def test_starts_other_programs_as_ever(folder: Path):
+    call = subprocess.call
+    with zoo._patch_subprocesses():
+        assert subprocess.call([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+        assert subprocess.call("exit 4", shell=True) == 4
+    assert subprocess.call is call
 
 
 def test_plots(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
@@ -240,26 +262,22 @@ def test_the_general_recipe(tmp_path: Path):
         assert str(getattr(model, name.replace("stats", "_stats"))) == str(getattr(one_liner, name.replace("stats", "_stats")))
 
 
-def test_episodes_cut_below_the_time_limit_are_in_the_monitor_files_and_evaluations_are_not_cut(tmp_path, monkeypatch):
+def test_env_kwargs_cut_training_episodes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Neither the evaluations nor ``enjoy`` are cut, unless they are told so."""
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "config.yml"
-    config.write_text(
-        yaml.safe_dump({"Pendulum-v1": dict(n_timesteps=300, policy="MlpPolicy", n_steps=20, max_episode_steps=30)})
-    )
+    entry = dict(n_timesteps=300, policy="MlpPolicy", n_steps=20, env_kwargs=dict(max_episode_steps=30))
+    config.write_text(yaml.safe_dump({"Pendulum-v1": entry}))
     options = ["--conf-file", str(config), "--eval-freq", "150", "--eval-episodes", "1"]
     run(monkeypatch, "train", "--env", "Pendulum-v1", *options)
     folder = tmp_path / "logs" / "reinforce" / "Pendulum-v1_1"
     assert np.loadtxt(folder / "0.monitor.csv", delimiter=",", skiprows=2)[:, 1].tolist() == [30] * 10
     assert np.load(folder / "evaluations.npz")["ep_lengths"].tolist() == [[200], [200]]
-
-
-def test_a_wrapper_that_may_count_steps_differently_is_not_cut_from_within(tmp_path: Path):
-    params = dict(max_episode_steps=30, env_wrapper="gymnasium.wrappers.RecordEpisodeStatistics")
-    limits = [
-        experiment(tmp_path, "Pendulum-v1", hyperparams=hyperparams).env.get_attr("spec")[0].max_episode_steps
-        for hyperparams in (dict(max_episode_steps=30), params, dict(max_episode_steps=300))
-    ]
-    assert limits == [30, 200, 200]
+    for options, length in (([], 200), (["--env-kwargs", "max_episode_steps:20"], 20)):
+        run(monkeypatch, "enjoy", "--env", "Pendulum-v1", "-n", "200", "--no-render", *options)
+        assert f"Mean episode length: {length}.00 +/- 0.00" in capsys.readouterr().out
 
 
 def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -272,9 +290,9 @@ def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (model.ent_coef, model.bounds_coef, model.max_grad_norm, model.target_kl) == (0.0, 0.0, None, None)
     assert not model.use_sde
     assert (model.normalize_advantage, model.normalize_observations, model.bootstrap_timeouts) == (True, False, False)
-    assert (model.baseline, model.baseline_memory) == ("linear", 0.0)
-    # The guard against episodes without end is out of reach
-    assert model.max_episode_steps > gym.spec(ENV).max_episode_steps
+    assert (model.baseline, model.baseline_memory, model.policy.value_net.ridge) == ("linear", 0.0, 0.0)
+    assert model.max_episode_steps is None
+    assert model.env.get_attr("spec")[0].max_episode_steps == gym.spec(ENV).max_episode_steps
     policy = model.policy
     layers = [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU]
     assert [type(layer) for layer in policy.mlp_extractor.policy_net] == layers
@@ -307,9 +325,15 @@ def test_config_file_is_ours_unless_there_is_another(tmp_path: Path, monkeypatch
 
 def test_defaults_give_way(monkeypatch: pytest.MonkeyPatch):
     seen: list[list[str]] = []
-    monkeypatch.setattr("rl_zoo3.enjoy.enjoy", lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr("rl_zoo3.cli.enjoy", lambda: seen.append(sys.argv[1:]))
     run(monkeypatch, "enjoy", "--algo", "ppo", "-f", "elsewhere")
-    assert seen == [["--algo", "reinforce", "--folder", "logs", "--algo", "ppo", "-f", "elsewhere"]]
+    assert seen == [[*zoo.COMMANDS["enjoy"], "--algo", "ppo", "-f", "elsewhere"]]
+
+
+def test_all_commands_of_rl_zoo3():
+    package = Path(rl_zoo3.__file__).parent
+    scripts = [*package.glob("*.py"), *package.glob("plots/*.py")]
+    assert {script.stem for script in scripts if "ArgumentParser(" in script.read_text()} == zoo.COMMANDS.keys()
 
 
 @pytest.mark.parametrize("command", zoo.COMMANDS)
@@ -359,13 +383,9 @@ def test_search_space(env: str, n_actions: int):
 
     def objective(trial: optuna.Trial) -> float:
         sampled = HYPERPARAMS_SAMPLER["reinforce"](trial, n_actions, 4, {})
-        converted = HYPERPARAMS_CONVERTER["reinforce"](trial.params)
-        rate = converted.pop("learning_rate")
-        schedule = sampled.pop("learning_rate")
-        assert schedule == rate or schedule(1.0) == float(rate.removeprefix("lin_"))
-        assert sampled == converted
-        assert ("log_std_init" in converted["policy_kwargs"]) == (n_actions > 0)
-        REINFORCE("MlpPolicy", env, learning_rate=schedule, **sampled)
+        assert sampled == HYPERPARAMS_CONVERTER["reinforce"](trial.params)
+        assert ("log_std_init" in sampled["policy_kwargs"]) == (n_actions > 0)
+        REINFORCE("MlpPolicy", env, **sampled)
         return 0.0
 
     optuna.create_study(sampler=optuna.samplers.RandomSampler(0)).optimize(objective, n_trials=20)
