@@ -11,11 +11,12 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test slow article throughput peers format clean
+.PHONY: help train test test-lowest slow article throughput peers format clean
 
 help:
 	@echo "make train    train on LunarLanderContinuous-v3 and show what came out; options with ARGS=\"...\""
 	@echo "make test     lint, types and the fast tests"
+	@echo "make test-lowest  the fast tests with the lowest versions that pyproject.toml admits, in an environment of its own"
 	@echo "make slow     the tests that train for minutes"
 	@echo "make article  five seeds of the article's recipe against the article's code (half an hour)"
 	@echo "make throughput  steps a second beside peers and the environment alone (ten minutes)"
@@ -42,15 +43,27 @@ $(STAMP): constraints.txt pyproject.toml
 	@$(PIP) install -q -c constraints.txt -e '.[dev,plots]'
 	@mv $(STAMP).part $(STAMP)
 
+# One thread for NumPy: on busy cores, more wait for each other
 train: $(STAMP)
-	$(PY) -m benchmarks.train $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) examples/lunar_lander.py $(ARGS)
 
 # One thread for PyTorch in each of the two test processes: more only get in each other's way
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy sb3_reinforce benchmarks
+	$(PY) -m mypy sb3_reinforce benchmarks examples
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+# The lowest versions that pyproject.toml admits, for Python 3.10 and 3.11. PyTorch alone keeps its pin: older builds for Linux
+# bring gigabytes of CUDA, and its range is SB3's
+LOWEST := .venv-lowest
+test-lowest: constraints.txt pyproject.toml
+	"$(PYTHON)" -m venv --clear $(LOWEST)
+	grep '^torch==' constraints.txt > $(LOWEST)/constraints.txt
+	sed -nE 's/^ *"([a-z0-9_-]+)(\[[a-z0-9]+\])?>=([0-9.]+).*/\1==\3/p' pyproject.toml | grep -v '^torch==' >> $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(LOWEST)/constraints.txt -e '.[dev,plots]'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 $(ARGS)
 
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
@@ -71,5 +84,5 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -54,7 +54,7 @@ class Batches(BaseCallback):
 def run(seed: int, timesteps: int) -> None:
     th.set_num_threads(1)
     batches = Batches()
-    model, learning, _ = make_model("reinforce", ENV, seed, timesteps, {}, config="article.yml")
+    model, learning = make_model("reinforce", ENV, seed, timesteps, {}, config="article.yml")
     model.learn(learning["total_timesteps"], callback=batches)
     write_json(FOLDER / f"seed_{seed}.json", dict(provenance(), seed=seed, timesteps=timesteps, batches=batches.rows))
 

@@ -104,13 +104,12 @@ def make_model(
     seed: int,
     timesteps: int | None,
     params: dict[str, Any],
-    tensorboard_log: str = "",
     config: str | None = None,
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """A new model, the arguments for its ``learn()``, and the settings that it got from its file."""
+) -> tuple[Any, dict[str, Any]]:
+    """A new model, and the arguments for its ``learn()``."""
     if algo == "defaults":
         model = REINFORCE("MlpPolicy", env_id, seed=seed, device="cpu", **params)
-        return model, dict(total_timesteps=timesteps or 1_000_000, callback=[]), params
+        return model, dict(total_timesteps=timesteps or 1_000_000, callback=[])
     import rl_zoo3.exp_manager
 
     import sb3_reinforce.zoo
@@ -122,7 +121,6 @@ def make_model(
             algo,
             env_id,
             folder,
-            tensorboard_log=tensorboard_log,
             n_timesteps=timesteps or 0,
             eval_freq=-1,
             hyperparams=params,
@@ -133,12 +131,12 @@ def make_model(
         )
         experiment = manager.setup_experiment()
     assert experiment is not None
-    return experiment[0], dict(total_timesteps=manager.n_timesteps, callback=manager.callbacks), dict(experiment[1])
+    return experiment[0], dict(total_timesteps=manager.n_timesteps, callback=manager.callbacks)
 
 
 def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:
     th.set_num_threads(1)
-    model, learning, _ = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
+    model, learning = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
     evaluations = Evaluations(arguments.every, arguments.episodes, arguments.until)
     model.learn(learning["total_timesteps"], callback=[evaluations, *learning["callback"]])
     seconds = time.perf_counter() - evaluations.started

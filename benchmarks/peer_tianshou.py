@@ -27,7 +27,7 @@ def main() -> None:
     envs = DummyVectorEnv([lambda: gym.make(env_id) for _ in range(n_envs)])
     env = gym.make(env_id)
     actor = ContinuousActorProbabilistic(
-        preprocess_net=Net(state_shape=env.observation_space.shape, hidden_sizes=[32, 32]),
+        preprocess_net=Net(state_shape=env.observation_space.shape, hidden_sizes=[64, 64]),
         action_shape=env.action_space.shape,
         unbounded=True,
     )

@@ -17,7 +17,6 @@ import torch as th
 from benchmarks.common import IMAGES, RESULTS, provenance, write_json
 from benchmarks.throughput import LANDER, environment_alone, make_model, vec_env
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.vec_env import EpisodeVecEnv
 
 AXES = {
     "environments": [1, 2, 4, 8, 16, 32, 64],
@@ -29,8 +28,7 @@ AXES = {
 def measure(environments: int = 4, batch: int = 4096, width: int = 64) -> dict[str, float]:
     """Steps a second of one setting, and the share of the time that is not spent in rollouts."""
     policy_kwargs = dict(net_arch=[width, width])
-    env = vec_env(LANDER, environments, EpisodeVecEnv)
-    model = make_model(REINFORCE, env, max(1, batch // environments), policy_kwargs=policy_kwargs, baseline="random")
+    model = make_model(REINFORCE, vec_env(LANDER, environments), max(1, batch // environments), policy_kwargs=policy_kwargs)
     seconds_of_update = 0.0
     train = model.train
 

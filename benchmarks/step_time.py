@@ -11,16 +11,16 @@ inside it, so that all parts together are the time of the step. Writes ``results
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
-import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3 import A2C
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.common import IMAGES, RESULTS, provenance, write_json
 from benchmarks.throughput import LANDER, Nothing, make_model, vec_env
-from sb3_reinforce import REINFORCE, rollout
+from sb3_reinforce import REINFORCE
+from sb3_reinforce.sampling import Actor
 
 N_STEPS = 12_000
 REPEATS = 5
@@ -68,18 +68,15 @@ def measure(model: Any) -> dict[str, float]:
         clocks.wrap(callback, method, "callbacks")
     clocks.wrap(model, "train", "update")
     clocks.wrap(model.rollout_buffer, "compute_returns_and_advantage", "update")
-    make_actor = rollout.make_actor
     if isinstance(model, REINFORCE):
         clocks.wrap(model, "_baseline_features", "update")
-        rollout.make_actor = lambda *args: clocks.clocked(make_actor(*args), "acting")  # type: ignore[assignment]
     else:
         clocks.wrap(model.policy, "forward", "acting")
     before = model.num_timesteps
     started = time.perf_counter()
-    try:
+    # There is a new actor for every rollout
+    with patch.object(Actor, "__call__", clocks.clocked(Actor.__call__, "acting")):
         model.learn(N_STEPS, callback=callback, reset_num_timesteps=False)
-    finally:
-        rollout.make_actor = make_actor
     seconds = time.perf_counter() - started
     clocks.seconds["rollout loop"] = seconds - sum(clocks.seconds.values())
     return {part: 1e6 * value / (model.num_timesteps - before) for part, value in clocks.seconds.items()}
@@ -107,10 +104,10 @@ def plot(result: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     th.set_num_threads(1)
     makers: dict[str, Callable[[], Any]] = {
-        "REINFORCE": lambda: make_model(REINFORCE, gym.make(LANDER), 3000),
-        "REINFORCE, 8 environments": lambda: make_model(REINFORCE, vec_env(LANDER, 8, DummyVecEnv), 375),
-        "A2C": lambda: make_model(A2C, gym.make(LANDER), 3000),
-        "A2C, 8 environments": lambda: make_model(A2C, vec_env(LANDER, 8, DummyVecEnv), 375),
+        "REINFORCE": lambda: make_model(REINFORCE, vec_env(LANDER, 1), 3000),
+        "REINFORCE, 8 environments": lambda: make_model(REINFORCE, vec_env(LANDER, 8), 375),
+        "A2C": lambda: make_model(A2C, vec_env(LANDER, 1), 3000),
+        "A2C, 8 environments": lambda: make_model(A2C, vec_env(LANDER, 8), 375),
     }
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in makers}
     for _ in range(REPEATS):

@@ -1,0 +1,180 @@
+"""
+Train REINFORCE on LunarLanderContinuous-v3, evaluate it, and leave everything there is to see in one folder.
+
+    python examples/lunar_lander.py                 # what `make train` runs
+    python examples/lunar_lander.py --seed 1 --timesteps 300000
+
+The folder (named at the beginning and at the end) holds the model, monitor files (return, length and time of every training
+episode), the TensorBoard log, a learning curve, a video of one episode of the trained policy, and a summary of it all.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import load_results
+
+from sb3_reinforce import REINFORCE
+
+try:
+    import imageio.v2 as imageio
+    import imageio_ffmpeg  # noqa: F401
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise SystemExit(f"{error}. Pictures and videos need: pip install 'sb3-reinforce[plots]'") from error
+
+ENV = "LunarLanderContinuous-v3"
+SOLVED = 200.0
+#: Those of training are below 2**31
+EVALUATION_SEED = 2**31 + 10_000
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    folder = new_folder(arguments.runs)
+    print(f"Training on {ENV} for {arguments.timesteps:,} steps; everything goes to {folder}")
+    # Networks of this size are fastest on one thread
+    th.set_num_threads(1)
+
+    # A limit of 400 steps makes more episodes, and so more updates, of the same steps: landers that hover take 1000
+    env_kwargs = dict(render_mode=None, max_episode_steps=400)
+    env = make_vec_env(ENV, n_envs=4, env_kwargs=env_kwargs, monitor_dir=str(folder))
+    model = REINFORCE(
+        "MlpPolicy",
+        env,
+        n_steps=500,
+        learning_rate="lin_5e-3",
+        target_kl=None,
+        tensorboard_log=str(folder / "tensorboard"),
+        seed=arguments.seed,
+        device="cpu",
+    )
+    started = time.perf_counter()
+    model.learn(arguments.timesteps, progress_bar=True)
+    seconds = time.perf_counter() - started
+    model.save(folder / "model")
+
+    print(f"Evaluating the deterministic policy over {arguments.evaluation_episodes} episodes")
+    evaluation_env = make_vec_env(ENV, n_envs=10, seed=EVALUATION_SEED, env_kwargs=dict(render_mode=None))
+    returns, lengths = evaluate_policy(model, evaluation_env, arguments.evaluation_episodes, return_episode_rewards=True)
+
+    plot_learning_curve(folder)
+    video_return = record_video(model, folder / "landing.mp4")
+    result = dict(seed=arguments.seed, steps=model.num_timesteps, seconds=seconds, returns=returns, lengths=lengths)
+    summary = write_summary(folder, model, result, video_return)
+    print(summary)
+    print(f"Everything is in {folder}: return {np.mean(returns):.1f} over {arguments.evaluation_episodes} episodes")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timesteps", type=int, default=1_000_000)
+    parser.add_argument("--evaluation-episodes", type=int, default=100)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to make the folder")
+    return parser.parse_args()
+
+
+def new_folder(parent: Path) -> Path:
+    """The first of parent/LunarLanderContinuous-v3_1, _2, ... that is not there yet."""
+    number = 1
+    while (folder := parent / f"{ENV}_{number}").exists():
+        number += 1
+    folder.mkdir(parents=True)
+    return folder
+
+
+def plot_learning_curve(folder: Path) -> None:
+    """Return against steps: each training episode, and the mean of the last 100."""
+    episodes = load_results(str(folder))
+    returns, steps = episodes["r"].to_numpy(), episodes["l"].cumsum().to_numpy()
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, returns, ".", markersize=2, alpha=0.25, color="tab:blue", label="one episode")
+    if len(returns) >= 100:
+        mean = np.convolve(returns, np.full(100, 0.01), mode="valid")
+        axes.plot(steps[99:], mean, color="tab:orange", linewidth=2, label="mean of 100 episodes")
+    axes.axhline(SOLVED, color="gray", linestyle=":", label="solved")
+    low = min(np.quantile(returns, 0.01), -100)
+    axes.set(xlabel="steps", ylabel="return", title=f"REINFORCE on {ENV} (actions sampled)", ylim=(low, 330))
+    axes.legend(loc="lower right")
+    figure.savefig(folder / "learning_curve.png", dpi=120)
+
+
+def record_video(model: REINFORCE, path: Path, tries: int = 10) -> float:
+    """
+    Record one episode of the deterministic policy: the first that reaches 200, or the last of a few tries.
+
+    :return: its return
+    """
+    # No window is needed to draw frames
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    env = gym.make(ENV, render_mode="rgb_array")
+    episode_return = -np.inf
+    for seed in range(EVALUATION_SEED, EVALUATION_SEED + tries):
+        # The frames are 600 x 400, multiples of 8
+        video = imageio.get_writer(path, fps=50, macro_block_size=8)
+        episode_return, is_over = 0.0, False
+        observation, _ = env.reset(seed=seed)
+        while not is_over:
+            video.append_data(np.asarray(env.render()))
+            action, _ = model.predict(observation, deterministic=True)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            episode_return += float(reward)
+            is_over = terminated or truncated
+        video.close()
+        if episode_return >= SOLVED:
+            break
+    env.close()
+    return episode_return
+
+
+def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: float) -> str:
+    """
+    Write the result for programs (result.json) and for people (summary.md).
+
+    :return: the latter
+    """
+    packages = ("sb3-reinforce", "stable-baselines3", "gymnasium", "torch", "numpy")
+    versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    command = " ".join(["python", *sys.argv])
+    (folder / "result.json").write_text(json.dumps({"command": command, "versions": versions, **result}) + "\n")
+
+    returns, steps, seconds = np.array(result["returns"]), result["steps"], result["seconds"]
+    training = f"{steps:,} steps, {seconds:.0f} s, {steps / seconds:,.0f} steps/s"
+    settings = f"n_steps={model.n_steps}, learning_rate={model.learning_rate}, target_kl={model.target_kl}"
+    summary = f"""# REINFORCE on {ENV}
+
+| | |
+| --- | --- |
+| return of the deterministic policy, {len(returns)} new episodes | {returns.mean():.1f} ± {returns.std():.1f} |
+| episodes of these with at least {SOLVED:.0f} | {np.mean(returns >= SOLVED):.0%} |
+| mean length of these | {np.mean(result["lengths"]):.0f} steps |
+| training | {training} |
+| settings | {model.n_envs} environments, {settings} |
+| seed | {result["seed"]} |
+| versions | {", ".join(f"{name} {number}" for name, number in versions.items())} |
+| command | `{command}` |
+
+- `model.zip`: `REINFORCE.load("{folder}/model")`
+- `learning_curve.png`, `*.monitor.csv`: return and length of every training episode (SB3's `load_results` reads them)
+- `landing.mp4`: one episode of the deterministic policy, return {video_return:.0f}
+- `result.json`: the figures above for programs, with the return and length of each evaluation episode
+- `tensorboard/`: `tensorboard --logdir {folder}/tensorboard`
+"""
+    (folder / "summary.md").write_text(summary, encoding="utf-8")
+    return summary
+
+
+if __name__ == "__main__":
+    main()
