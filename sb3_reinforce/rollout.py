@@ -89,18 +89,17 @@ class EpisodeSource:
         finally:
             if episode_env is not None:
                 episode_env.schedule = None
-        # A VecEnv may return any type: learning must not depend on it
-        dones = np.asarray(dones, dtype=bool)
-        if rewards.dtype != np.float32:
+        if episode_env is not self.env:
+            # Others may return any type: learning must not depend on it
+            dones = np.asarray(dones, dtype=bool)
             with np.errstate(over="ignore"):
-                rewards = rewards.astype(np.float32)
+                rewards = np.asarray(rewards, dtype=np.float32)
         # A finite sum means that all rewards are finite; a handful of them is summed fastest as a list
         if not math.isfinite(sum(rewards.tolist())):
             self.check_finite("reward", rewards)
         if isinstance(obs, dict) or not all_finite(obs):  # type: ignore[arg-type]
             self.check_finite("observation", obs)
-        (ended,) = dones.nonzero()
-        for env_idx in ended.tolist():
+        for env_idx in dones.nonzero()[0].tolist():
             if active[env_idx]:
                 self.check_finite("terminal observation", infos[env_idx].get("terminal_observation"), env_idx)
             if episode_env is None:

@@ -91,8 +91,14 @@ _NOISE: dict[type[Distribution], Callable[[np.random.Generator, tuple[int, ...]]
     BernoulliDistribution: lambda rng, shape: rng.logistic(size=shape),
 }
 
-#: Noise is drawn for so many steps at once: for one step, a call takes ten times as long as the drawing.
+#: Noise is drawn for so many steps at once, unless these are very many numbers.
 _STEPS_OF_NOISE = 32
+
+
+def _stream(rng: np.random.Generator, distribution: type[Distribution], n_outputs: int) -> Iterator[np.ndarray]:
+    """One row of noise after the other; drawn for several steps at once, which takes a tenth of the time."""
+    while True:
+        yield from _NOISE[distribution](rng, (min(_STEPS_OF_NOISE, 1 + 2**16 // n_outputs), 1, n_outputs))
 
 
 class EpisodeNoise:
@@ -108,8 +114,9 @@ class EpisodeNoise:
         self.seed = seed
         self.sde_sample_freq = sde_sample_freq
         self.rngs = [episode_rng(seed, 0)] * n_envs
-        # Noise that is drawn already, one (1, n_outputs) row a step
-        self._rows: list[Iterator[np.ndarray]] = [iter(())] * n_envs
+        # Noise of each environment's episode, one (1, n_outputs) row a step; None until it is known what for
+        self._streams: list[Iterator[np.ndarray] | None] = [None] * n_envs
+        self._has_new = True
         # Steps of each environment's episode, and its gSDE matrix
         self._ages = [0] * n_envs
         self._matrices: list[np.ndarray] = [np.empty(0)] * n_envs
@@ -118,18 +125,17 @@ class EpisodeNoise:
         """Some environments begin an episode; ``numbers`` has those of the episodes of all."""
         for env_idx in env_indices:
             self.rngs[env_idx] = episode_rng(self.seed, int(numbers[env_idx]))
-            self._rows[env_idx] = iter(())
+            self._streams[env_idx] = None
             self._ages[env_idx] = 0
+        self._has_new = True
 
     def draw(self, distribution: type[Distribution], n_outputs: int) -> np.ndarray:
         """(n_envs, n_outputs) noise of the next step for samples of a distribution."""
-        rows = []
-        for env_idx, rng in enumerate(self.rngs):
-            row = next(self._rows[env_idx], None)
-            if row is None:
-                self._rows[env_idx] = iter(_NOISE[distribution](rng, (_STEPS_OF_NOISE, 1, n_outputs)))
-                row = next(self._rows[env_idx])
-            rows.append(row)
+        if self._has_new:
+            streams = zip(self._streams, self.rngs, strict=True)
+            self._streams = [stream or _stream(rng, distribution, n_outputs) for stream, rng in streams]
+            self._has_new = False
+        rows = [next(stream) for stream in self._streams if stream is not None]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def draw_matrices(self, std: Callable[[], np.ndarray]) -> np.ndarray:
