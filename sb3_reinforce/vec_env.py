@@ -136,10 +136,9 @@ class EpisodeVecEnv(DummyVecEnv):
     """
     SB3's ``DummyVecEnv``, which also runs numbered episodes for REINFORCE.
 
-    Stepped by others (an evaluation, A2C) it returns what ``DummyVecEnv`` returns, in about half the time: only what is not a
-    plain number, string or array is copied deeply. Stepped by REINFORCE it follows an
-    :class:`EpisodeSchedule`: an environment is reset once for each of its episodes, with the seed of
-    that episode, and is not stepped while it has no episode to finish.
+    Stepped by others (an evaluation, A2C) it returns what ``DummyVecEnv`` returns, in about half the time: what is a plain
+    number or string is not copied deeply. Stepped by REINFORCE it follows an :class:`EpisodeSchedule`: an environment is reset
+    once for each of its episodes, with the seed of that episode, and is not stepped while it has no episode to finish.
 
     :param env_fns: functions that make one environment each
     """
