@@ -385,6 +385,8 @@ class REINFORCE(OnPolicyAlgorithm):
         """The transitions of the batch, as many at a time as the policy should be shown."""
         return self.rollout_buffer.get(chunk_size(self.policy))
 
+    # Ctrl-C at an unlucky moment leaves PyTorch without gradients
+    @th.enable_grad()
     def _add_gradient(self, batch: EpisodeBufferSamples) -> tuple[Distribution, dict[str, float]]:
         """
         Add what some transitions contribute to the gradient of the loss.
@@ -515,7 +517,7 @@ class REINFORCE(OnPolicyAlgorithm):
                 raise environment_error(self.env, error, "in reset()") from error
             raise
         if isinstance(episode_env, EpisodeVecEnv):
-            episode_env.is_touched &= not is_reset
+            episode_env.owner = self if is_reset else episode_env.owner
         elif not is_reset:
             # Others, an evaluation for instance, may have stepped the environments since the last rollout
             self._last_episode_starts = np.zeros(self.n_envs, dtype=bool)

@@ -9,15 +9,16 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
+from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_vec_normalize
 
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
 from sb3_reinforce.policies import baseline_features
 from sb3_reinforce.sampling import EpisodeNoise, all_finite, make_actor, watch_modules
 from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, episode_seed, idle_info
 
-#: An episode of more steps never ends, nor does one of more than 1,000 steps and 4 GiB of float32 observations.
+#: An episode of more steps never ends, nor does one of more than 1,000 steps with so many bytes of observations.
 ENDLESS_STEPS = 100_000
+ENDLESS_BYTES = 2**32
 
 
 class EpisodeSource:
@@ -26,10 +27,12 @@ class EpisodeSource:
 
     :param env: the environments
     :param schedule: which episodes they run
+    :param owner: the model
     """
 
-    def __init__(self, env: VecEnv, schedule: EpisodeSchedule):
+    def __init__(self, env: VecEnv, schedule: EpisodeSchedule, owner: Any = None):
         self.env = env
+        self.owner = owner
         self.schedule = schedule
         inner = env.unwrapped
         self.episode_env = inner if isinstance(inner, EpisodeVecEnv) else None
@@ -37,7 +40,10 @@ class EpisodeSource:
         self.skips_idle_envs = self.episode_env in (env, env.venv if type(env) is VecTransposeImage else env)
         #: (n_envs,) whether the latest observations are the first of an episode; of use where idle environments are stepped
         self.at_start = np.zeros(env.num_envs, dtype=bool)
-        self._endless_steps = min(ENDLESS_STEPS, max(1000, 2**30 // spaces.flatdim(env.observation_space)))
+        space = env.observation_space
+        entries: Any = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+        n_bytes = sum(np.prod(entry.shape) * entry.dtype.itemsize for entry in entries)
+        self._endless_steps = min(ENDLESS_STEPS, max(1000, ENDLESS_BYTES // n_bytes))
 
     def begin(self, last_obs: Any, at_start: np.ndarray) -> Any:
         """
@@ -55,11 +61,11 @@ class EpisodeSource:
                 if last_obs is None:
                     seed_next_episodes(self.env, self.schedule)
                     last_obs, at_start = self.env.reset(), np.ones_like(at_start)
-                elif self.episode_env is not None and self.episode_env.is_touched:
+                elif self.episode_env is not None and self.episode_env.owner is not self.owner:
                     at_start = np.zeros_like(at_start)
                 self.schedule.begin(at_start)
-                if self.episode_env is not None:
-                    self.episode_env.is_touched = False
+            if self.episode_env is not None:
+                self.episode_env.owner = self.owner
         except Exception as error:
             raise environment_error(self.env, error, "in reset()") from error
         self.check_finite("observation", last_obs)
@@ -76,7 +82,7 @@ class EpisodeSource:
         active = schedule.active
         schedule.begin_step()
         if episode_env is not None:
-            if episode_env.is_touched:
+            if episode_env.owner is not self.owner:
                 raise RuntimeError(
                     "A callback has stepped or reset the training environment in the middle of a rollout: what follows would "
                     "be parts of episodes. Give the callback an environment of its own"
@@ -95,9 +101,13 @@ class EpisodeSource:
             with np.errstate(over="ignore"):
                 rewards = np.asarray(rewards, dtype=np.float32)
         # A finite sum means that all rewards are finite; a handful of them is summed fastest as a list
-        if not math.isfinite(sum(rewards.tolist())):
+        if not math.isfinite(sum(rewards.tolist())) or isinstance(obs, dict) or not all_finite(obs):  # type: ignore[arg-type]
+            normalize = unwrap_vec_normalize(self.env)
+            if normalize is not None:
+                # It spreads what is not finite over all environments
+                self.check_finite("reward", normalize.get_original_reward())
+                self.check_finite("observation", normalize.get_original_obs())
             self.check_finite("reward", rewards)
-        if isinstance(obs, dict) or not all_finite(obs):  # type: ignore[arg-type]
             self.check_finite("observation", obs)
         for env_idx in dones.nonzero()[0].tolist():
             if active[env_idx]:
@@ -121,7 +131,7 @@ class EpisodeSource:
             raise RuntimeError(
                 f"The episode of environment {steps.argmax()} has not ended after {steps.max():,} steps. REINFORCE learns "
                 "from whole episodes: limit them with max_episode_steps (with a VecEnv: in its env_kwargs, or by gymnasium's "
-                "TimeLimit). If they are meant to be so long, raise sb3_reinforce.rollout.ENDLESS_STEPS"
+                "TimeLimit). If they are meant to be so long, raise ENDLESS_STEPS or ENDLESS_BYTES of sb3_reinforce.rollout"
             )
 
     def check_finite(self, name: str, values: Any, env_idx: int | None = None) -> None:
@@ -180,7 +190,7 @@ def collect_episodes(
     # The callback may have set another environment
     env = model.env
     assert env is not None
-    source = EpisodeSource(env, schedule)
+    source = EpisodeSource(env, schedule, model)
     obs = model._last_obs = source.begin(model._last_obs, np.asarray(model._last_episode_starts, dtype=bool))
     # Until the rollout is over, nobody knows where the environments are
     model._last_episode_starts = np.zeros(env.num_envs, dtype=bool)
@@ -207,7 +217,8 @@ def collect_episodes(
 
             callback.update_locals(locals())
             if not callback.on_step():
-                model._last_obs = new_obs
+                if model.env is env:
+                    model._last_obs = new_obs
                 return False
             if len(dones.nonzero()[0]):
                 model._update_info_buffer(infos, dones)

@@ -5,7 +5,7 @@ alone.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import gymnasium as gym
@@ -160,14 +160,15 @@ class EpisodeVecEnv(DummyVecEnv):
         self.schedule: EpisodeSchedule | None = None
         #: Whether environments without an episode are stepped along, because a wrapper counts the steps
         self.steps_idle_envs = False
-        #: Whether others have stepped or reset the environments since REINFORCE began its rollout
-        self.is_touched = False
+        #: The model that was the last to step or reset the environments, None for anything else
+        self.owner: Any = None
         #: Index of the environment that raised
         self.failed_env: int | None = None
         #: ``TimeLimit`` that :func:`wrap_env` has put around the environment
         self.max_episode_steps: int | None = None
-        # Environments at the start of an episode, and the seeds they were reset with
+        # Environments at the start of an episode, and the seeds they were reset with; idle ones at the end of their last
         self._at_start: dict[int, int | None] = {}
+        self._at_end: set[int] = set()
         # The buffer of observations that are a single array, which needs no look at keys
         self._array: np.ndarray | None = self.buf_obs[None] if self.keys == [None] else None  # type: ignore[index]
 
@@ -180,7 +181,9 @@ class EpisodeVecEnv(DummyVecEnv):
         schedule = self.schedule
         active = None
         if schedule is None:
-            self.is_touched = True
+            self.owner = None
+            for env_idx in tuple(self._at_end):
+                self._reset_env(env_idx)
         elif schedule.n_active < self.num_envs and not self.steps_idle_envs:
             active = schedule.active
         self._at_start.clear()
@@ -194,7 +197,7 @@ class EpisodeVecEnv(DummyVecEnv):
                 reward: Any
                 obs, reward, terminated, truncated, info = env.step(self.actions[env_idx])
                 # What is too large for float32 becomes infinite without NumPy's warning
-                self.buf_rews[env_idx] = reward * np.inf if abs(reward) > _LARGEST_REWARD else reward
+                self.buf_rews[env_idx] = reward * np.inf if abs(float(reward)) > _LARGEST_REWARD else reward
                 self.buf_infos[env_idx] = info
                 self.buf_dones[env_idx] = terminated or truncated
                 info["TimeLimit.truncated"] = truncated and not terminated
@@ -218,11 +221,13 @@ class EpisodeVecEnv(DummyVecEnv):
         if self.schedule.end_episode(env_idx) or self.steps_idle_envs:
             seed = self.schedule.seeds[env_idx]
             return self._reset_env(env_idx) if seed is None else self._reset_env(env_idx, seed=seed)
+        self._at_end.add(env_idx)
         return obs
 
     def _reset_env(self, env_idx: int, **kwargs: Any) -> VecEnvObs:
         obs, self.reset_infos[env_idx] = self.envs[env_idx].reset(**kwargs)
         self._at_start[env_idx] = kwargs.get("seed")
+        self._at_end.discard(env_idx)
         return obs
 
     def _begin_env(self, env_idx: int, seed: int | None) -> None:
@@ -237,7 +242,7 @@ class EpisodeVecEnv(DummyVecEnv):
         self._save_obs(env_idx, obs)
 
     def reset(self) -> VecEnvObs:
-        self.is_touched = True
+        self.owner = None
         for env_idx, seed in enumerate(self._seeds):
             self._begin_env(env_idx, seed)
         self._reset_seeds()
@@ -253,7 +258,6 @@ class EpisodeVecEnv(DummyVecEnv):
             seed = schedule.seeds[env_idx]
             if env_idx not in self._at_start or seed not in (None, self._at_start[env_idx]):
                 self._begin_env(env_idx, seed)
-        self.is_touched = False
         return self._obs_from_buf()
 
     def _obs_from_buf(self) -> VecEnvObs:
@@ -304,7 +308,9 @@ def wrap_env(
             )
     elif max_episode_steps is not None:
         if isinstance(env, Monitor):
-            env.env = TimeLimit(env.env, max_episode_steps)
+            # A copy: that of the user keeps its own limit
+            env, inner_env = copy(env), env.env
+            env.env = TimeLimit(inner_env, max_episode_steps)
         else:
             # A Monitor further inside would not see the limit
             env = Monitor(TimeLimit(env, max_episode_steps))

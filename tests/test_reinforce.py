@@ -814,3 +814,13 @@ def test_random_environments_train_without_a_warning(
     model = REINFORCE(policy, env, n_steps=n_steps, seed=0, **kwargs).learn(5 * n_steps * n_envs)
     assert np.isfinite(weights(model)).all()
     assert model._n_updates >= 1
+
+
+def test_training_goes_on_where_an_interrupt_has_left_pytorch_without_gradients():
+    model = REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8, seed=0).learn(8)
+    th.set_grad_enabled(False)
+    try:
+        model.learn(8, reset_num_timesteps=False)
+    finally:
+        th.set_grad_enabled(True)
+    assert model._n_updates == 2

@@ -859,11 +859,11 @@ def test_an_endless_episode_that_runs_unobserved_is_an_error(n_batches_before: i
         model.learn(1, reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize(("n_values", "limit"), [(2**21, 1000), (2**19, 2**11), (1, 3000)])
+@pytest.mark.parametrize(("n_values", "limit"), [(2**23, 1000), (2**21, 2**11), (1, 3000)])
 def test_an_endless_episode_of_large_observations_is_an_error_before_it_fills_memory(
     n_values: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """4 GiB of float32 observations at most, but never less than 1000 steps."""
+    """4 GiB of observations at most, but never less than 1000 steps."""
 
     class LargeObservations(Simulators):
         def _observations(self) -> np.ndarray:
@@ -1031,3 +1031,41 @@ def test_a_policy_that_returns_nan_is_refused_before_the_environment_sees_it():
 def test_episode_statistics_are_those_of_the_monitors():
     model = REINFORCE("MlpPolicy", scripted([[3], [5]]), n_steps=4, **SMALL).learn(1)
     assert [(info["l"], info["r"]) for info in model.ep_info_buffer] == [(3, 6), (5, 15), (3, 306)]
+
+
+@pytest.mark.parametrize("make", [VecNormalize, lambda env: VecFrameStack(env, 2)], ids=["VecNormalize", "VecFrameStack"])
+def test_two_models_on_one_wrapped_environment_learn_from_whole_episodes(make: Callable[[VecEnv], VecEnv]):
+    inner = EpisodeVecEnv([lambda index=index: ScriptedEnv([4, 7, 5], index) for index in range(3)])
+    env = make(inner)
+    models = [REINFORCE("MlpPolicy", env, n_steps=10, seed=seed, learning_rate=0.0) for seed in (0, 1)]
+    lengths: set[int] = set()
+    for _ in range(4):
+        for model in models:
+            model.learn(1, reset_num_timesteps=False)
+            starts = np.append(np.flatnonzero(model.rollout_buffer.episode_starts), model.rollout_buffer.size())
+            lengths |= set(np.diff(starts).tolist())
+    assert lengths <= {4, 5, 7}
+
+
+def test_an_environment_set_by_a_callback_that_stops_is_reset_before_it_is_stepped():
+    new = VecNormalize(DummyVecEnv([lambda: Monitor(ScriptedEnv([4]))]))
+
+    def callback(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+        locals_["model"].set_env(new)
+        return False
+
+    model = REINFORCE("MlpPolicy", Monitor(ScriptedEnv([5])), n_steps=8)
+    model.learn(8, callback=callback)
+    model.learn(8, reset_num_timesteps=False)
+    assert {info["l"] for info in model.ep_info_buffer} == {4}
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("what", ["reward", "observation"])
+def test_a_bad_value_below_vec_normalize_is_that_of_its_environment(what: str, value: float):
+    def spoil(kind: str, episode: int, step: int, good: Any) -> Any:
+        return good * value if (kind, episode, step) == (what, 0, 2) else good
+
+    env = VecNormalize(DummyVecEnv([lambda: ScriptedEnv([5]), lambda: ScriptedEnv([5], spoil=spoil)]))
+    with pytest.raises(ValueError, match=f"Environment 1 returned the {what} .* at step 2 of episode 1"):
+        REINFORCE("MlpPolicy", env, n_steps=8, seed=0).learn(16)

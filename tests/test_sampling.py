@@ -439,3 +439,16 @@ def test_watching_modules_sees_what_is_put_into_them_and_nothing_afterwards():
 def test_noise_of_discrete_actions_is_drawn_in_double_precision(distribution: type[Distribution]):
     """The Gumbel noise of float32 ends at 16: rare actions would never be taken, or too often."""
     assert make_noise(1).draw(distribution, 3).dtype == np.float64
+
+
+def test_hooks_and_replaced_statistics_are_seen_at_the_next_step():
+    for change in (
+        lambda policy: policy.action_net.register_forward_hook(lambda module, inputs, output: output + 50),
+        lambda policy: setattr(policy.observation_normalizer.mean_0, "data", policy.observation_normalizer.mean_0.data + 5),
+        lambda policy: policy.observation_normalizer.var_0.fill_(9.0),
+    ):
+        policy = make_policy(ACTIONS["box"])
+        actor = MlpActor(policy, make_noise(1))
+        assert actor.is_current(policy)
+        change(policy)
+        assert not actor.is_current(policy)

@@ -1,6 +1,7 @@
 """``EpisodeVecEnv``: a ``DummyVecEnv`` in every respect but idle environments; and what is made of the user's environment."""
 
 import csv
+import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -515,3 +516,33 @@ def test_make_vec_env_limits_episodes_as_the_message_says():
     env = make_vec_env("Pendulum-v1", n_envs=2, env_kwargs={"max_episode_steps": 5})
     model = REINFORCE("MlpPolicy", env, n_steps=10, **SMALL).learn(1)
     assert {info["l"] for info in model.ep_info_buffer} == {5}
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_others_can_step_the_environments_after_learn(n_envs: int):
+    """A2C goes on where REINFORCE has left every environment at the end of an episode."""
+    env = DummyVecEnv([lambda: Monitor(ScriptedEnv([4, 6]))] * n_envs)
+    a2c = A2C("MlpPolicy", env, n_steps=7).learn(20)
+    model = REINFORCE("MlpPolicy", env, n_steps=10).learn(20)
+    resets = [member.unwrapped.n_resets for member in env.envs]
+    env.step(np.zeros((n_envs, 2)))
+    assert [member.unwrapped.n_resets for member in env.envs] == [n + 1 for n in resets]
+    a2c.learn(20, reset_num_timesteps=False)
+    model.learn(20, reset_num_timesteps=False)
+    assert {info["l"] for info in model.ep_info_buffer} <= {4, 6}
+
+
+def test_max_episode_steps_leaves_the_monitor_of_the_user_alone():
+    monitor = Monitor(ScriptedEnv([60]))
+    for limit, length in ((10, 10), (30, 30), (None, 60)):
+        model = REINFORCE("MlpPolicy", monitor, n_steps=60, max_episode_steps=limit).learn(60)
+        assert {info["l"] for info in model.ep_info_buffer} == {length}
+
+
+@pytest.mark.parametrize("reward", [np.float16(2), np.float32(2), 2, True])
+def test_rewards_of_any_type_are_taken_without_a_warning(reward: Any):
+    env = EpisodeVecEnv([lambda: ScriptedEnv([4], spoil=lambda what, *_: reward if what == "reward" else _[-1])])
+    env.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert env.step(np.zeros((1, 2)))[1] == float(reward)
