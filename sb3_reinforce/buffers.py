@@ -80,6 +80,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         for name, shape, dtype in (
             ("actions", self.action_space.shape or (), action_dtype),
             ("rewards", (), np.float64),
+            ("values", (), np.float64),
             ("episode_starts", (), bool),
             ("active", (), bool),
         ):
@@ -94,6 +95,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         reward: np.ndarray,
         episode_start: np.ndarray,
         active: np.ndarray,
+        values: np.ndarray | float = np.nan,
     ) -> None:
         """
         Add one step of all environments.
@@ -103,6 +105,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         :param reward: (n_envs,) rewards
         :param episode_start: (n_envs,) whether the observation is the first of its episode
         :param active: (n_envs,) False for environments that are idle, whose entries are left out
+        :param values: (n_envs,) the baseline's values of obs, NaN where they are not known yet
         """
         pos, rows = self.pos, self._rows
         if pos == len(rows["rewards"]):
@@ -112,6 +115,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         rows["actions"][pos] = action
         rows["rewards"][pos] = reward
         rows["episode_starts"][pos] = episode_start
+        rows["values"][pos] = values
         if self.n_envs > 1:
             rows["active"][pos] = active
         self.pos = pos + 1
@@ -126,15 +130,15 @@ class EpisodeRolloutBuffer(RolloutBuffer):
             # SB3's swap_and_flatten() without the entries of idle environments. A single one is never idle: no copy either
             return rows[: self.pos, 0] if self.n_envs == 1 else rows[: self.pos].swapaxes(0, 1)[active]
 
-        self.actions, self.rewards, self.episode_starts = (
-            flatten(self._rows[name]) for name in ("actions", "rewards", "episode_starts")
+        self.actions, self.rewards, self.episode_starts, self.values = (
+            flatten(self._rows[name]) for name in ("actions", "rewards", "episode_starts", "values")
         )
         self.actions = self.actions.reshape((-1, self.action_dim))
         observations = {
             key: flatten(rows).reshape((-1, *get_obs_shape(self._spaces[key]))) for key, rows in self._observation_rows.items()
         }
         self.observations = observations if isinstance(self.observation_space, spaces.Dict) else observations[""]
-        self.values, self.returns, self.advantages = np.zeros((3, len(self.rewards)))
+        self.returns, self.advantages = np.zeros((2, len(self.rewards)))
         self.full = True
 
     def compute_returns_and_advantage(self, values: np.ndarray) -> None:  # type: ignore[override]

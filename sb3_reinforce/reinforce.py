@@ -314,7 +314,9 @@ class REINFORCE(OnPolicyAlgorithm):
         if not collect_episodes(self, callback, rollout_buffer, schedule, noise_seed, self.bootstrap_timeouts):
             return False
 
-        values = self.policy.value_net.predict(self._baseline_features()).cpu().numpy().flatten()  # type: ignore[operator]
+        values = rollout_buffer.values
+        if np.isnan(values).any():
+            values = self.policy.value_net.predict(self._baseline_features()).cpu().numpy().flatten()  # type: ignore[operator]
         rollout_buffer.compute_returns_and_advantage(values)
 
         callback.update_locals(locals())

@@ -225,7 +225,7 @@ def collect_episodes(
                 if bootstrap_timeouts:
                     rewards = rewards + model.gamma * timeout_values(model.policy, infos)
             if n_active:
-                rollout_buffer.add(obs, actions, rewards, episode_starts, active)
+                rollout_buffer.add(obs, actions, rewards, episode_starts, active, act.values)
             episode_starts = within
             if schedule.started:
                 noise.begin(schedule.started, schedule.numbers)

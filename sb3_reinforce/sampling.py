@@ -27,7 +27,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_reinforce.policies import evaluate, normalizer_of, overrides
+from sb3_reinforce.policies import baseline_features, evaluate, normalizer_of, overrides
 
 Observations = np.ndarray | dict[str, np.ndarray]
 
@@ -160,6 +160,11 @@ class Actor:
         self.policy = policy
         self.noise = noise
         self._own_forward = overrides(policy, "forward")
+        #: (n_envs,) the baseline's values of the latest observations, NaN unless they come almost for nothing: another pass
+        #: of a shared CNN over the batch takes a tenth of learn()
+        self.values: Any = np.nan
+        learned = any(True for _ in policy.features_extractor.parameters())
+        self._brings_values = policy.share_features_extractor and learned and not self._own_forward
         space = policy.action_space
         self._actions_shape = (-1, *(space.shape or ()))
         # With a first dimension of their own: for one environment, NumPy combines arrays of equal shape in half the time
@@ -196,7 +201,10 @@ class Actor:
             if self._own_forward:
                 with torch_seeded_from(self.noise.rngs[0], self.policy.device):
                     return check_output(self.policy(obs_tensor)[0].cpu().numpy())
-            distribution, _ = evaluate(self.policy, obs_tensor)
+            distribution, vf_features = evaluate(self.policy, obs_tensor)
+            if self._brings_values:
+                features = baseline_features(self.policy, obs_tensor, vf_features)
+                self.values = self.policy.value_net.predict(features).cpu().numpy().flatten()  # type: ignore[operator]
             if type(distribution) is StateDependentNoiseDistribution:
                 # All its randomness is in the matrices
                 matrices = th.as_tensor(self._next_matrices(distribution), device=self.policy.device)

@@ -824,3 +824,28 @@ def test_training_goes_on_where_an_interrupt_has_left_pytorch_without_gradients(
     finally:
         th.set_grad_enabled(True)
     assert model._n_updates == 2
+
+
+@pytest.mark.parametrize("policy", ["CnnPolicy", "MlpPolicy"])
+def test_advantages_are_above_the_values_of_the_baseline_that_is_not_refitted_yet(policy: str):
+    """A shared CNN brings the values along when it acts, a plain MLP does not: both are those of a pass over the batch."""
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    class Values(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            buffer = self.model.rollout_buffer
+            with th.no_grad():
+                expected = self.model.policy.predict_values(th.as_tensor(buffer.observations)).numpy().flatten()
+            np.testing.assert_array_equal(buffer.advantages, buffer.returns - buffer.values)
+            seen.append((buffer.values, expected))
+
+    image = spaces.Box(0, 255, (1, 36, 36), dtype=np.uint8)
+    space = image if policy == "CnnPolicy" else spaces.Box(-1, 1, (3,))
+    env = DummyVecEnv([lambda: RandomEnv(space, spaces.Discrete(3), 7)] * 2)
+    REINFORCE(policy, env, n_steps=20, seed=0).learn(200, callback=Values())
+    assert len(seen) > 2 and seen[-1][0].std() > 0
+    for values, expected in seen:
+        np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4)
