@@ -519,7 +519,8 @@ class REINFORCE(OnPolicyAlgorithm):
                 raise environment_error(self.env, error, "in reset()") from error
             raise
         if isinstance(episode_env, EpisodeVecEnv):
-            episode_env.owner = self if is_reset else episode_env.owner
+            if is_reset:
+                episode_env.owner = self
         elif not is_reset:
             # Others, an evaluation for instance, may have stepped the environments since the last rollout
             self._last_episode_starts = np.zeros(self.n_envs, dtype=bool)

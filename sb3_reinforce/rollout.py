@@ -43,7 +43,7 @@ class EpisodeSource:
         space = env.observation_space
         entries: Any = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
         n_bytes = sum(np.prod(entry.shape) * entry.dtype.itemsize for entry in entries)
-        self._endless_steps = min(ENDLESS_STEPS, max(1000, ENDLESS_BYTES // n_bytes))
+        self._endless_steps = min(ENDLESS_STEPS, max(1000, ENDLESS_BYTES // max(1, n_bytes)))
 
     def begin(self, last_obs: Any, at_start: np.ndarray) -> Any:
         """
