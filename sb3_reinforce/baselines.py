@@ -273,5 +273,5 @@ def _fit_moments(moments: Moments, ridge: float) -> tuple[np.ndarray, float]:
 FEATURE_MAPS: dict[str, tuple[type[QuadraticFeatures] | type[RandomFeatures] | None, float]] = {
     "linear": (None, 0.0),
     "quadratic": (QuadraticFeatures, 1e-5),
-    "random_features": (RandomFeatures, 1e-3),
+    "random_features": (RandomFeatures, 0.2),
 }

@@ -1,5 +1,6 @@
 """A rollout buffer that holds whole episodes of any length from any number of environments."""
 
+import math
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -166,6 +167,11 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         size = batch_size or self.size()
         for start in range(0, self.size(), size):
             yield self._get_samples(slice(start, start + size))
+
+    def spread(self, max_size: int) -> EpisodeBufferSamples:
+        """At most so many transitions, evenly spaced over the batch."""
+        assert self.full, _NOT_FINISHED
+        return self._get_samples(slice(None, None, math.ceil(self.size() / max_size)))
 
     def sample(self, batch_size: int, env: Any = None) -> EpisodeBufferSamples:
         """Transitions drawn with replacement from NumPy's global generator, as in SB3."""

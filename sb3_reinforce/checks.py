@@ -19,7 +19,7 @@ from sb3_reinforce.buffers import EpisodeRolloutBuffer
 from sb3_reinforce.policies import MlpPolicy
 
 #: What a model file says of itself, under the name ``file_format``. The number grows when older files cannot be loaded.
-FILE_FORMAT = "sb3_reinforce.REINFORCE 1"
+FILE_FORMAT = "sb3_reinforce.REINFORCE 2"
 
 _RESHAPE = "wrap the environment, with TransformObservation or TransformAction of gymnasium.wrappers for instance"
 _ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -58,15 +58,13 @@ def check_hyperparameters(model: Any) -> None:
         check_count(name, getattr(model, name))
     check("_stats_window_size", _is_count(model._stats_window_size), "an integer of at least 1")
     check("gamma", _is_real(model.gamma) and 0 < model.gamma <= 1, "in (0, 1]")
-    for name in ("ent_coef", "bounds_coef"):
-        check(name, _is_real(getattr(model, name), minimum=0), "finite and at least 0")
-    rate = model.learning_rate
-    check(
-        "learning_rate", callable(rate) or isinstance(rate, str) or _is_real(rate, 0), "a schedule, or finite and at least 0"
-    )
-    for name in ("max_grad_norm", "target_kl"):
-        limit = getattr(model, name)
-        check(name, limit is None or (_is_real(limit) and limit > 0), "finite and above 0, or None for no limit")
+    check("ent_coef", _is_real(model.ent_coef, minimum=0), "finite and at least 0")
+    rate, target_kl = model.learning_rate, model.target_kl
+    check("learning_rate", callable(rate) or _is_real(rate, minimum=0), "a schedule, or finite and at least 0")
+    is_step = target_kl is None or callable(target_kl) or (_is_real(target_kl) and target_kl > 0)
+    check("target_kl", is_step, "a schedule, or finite and above 0, or None for the optimizer's step")
+    check("cg_max_steps", _is_count(model.cg_max_steps), "an integer of at least 1")
+    check("cg_damping", _is_real(model.cg_damping) and model.cg_damping > 0, "finite and above 0")
     check("baseline", model.baseline is None or model.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
     check("baseline_memory", _is_real(model.baseline_memory, 0) and model.baseline_memory < 1, "in [0, 1)")
     allowed = {None: set(), "random_features": {"ridge", "n_units"}}.get(model.baseline, {"ridge"})
@@ -90,12 +88,11 @@ def check_policy_class(policy_class: type[BasePolicy]) -> None:
         raise ValueError(f"policy must be a subclass of SB3's ActorCriticPolicy that is not recurrent, got {policy_class}")
 
 
-def check_learning_rate(learning_rate: float, progress_remaining: float) -> None:
-    """Raise a ValueError if what a schedule gives at some progress (from 1 to 0) is no learning rate."""
-    if not _is_real(learning_rate, minimum=0):
+def check_scheduled(name: str, value: float, progress_remaining: float) -> None:
+    """Raise a ValueError if what the schedule of an argument gives at some progress (from 1 to 0) is not allowed."""
+    if not _is_real(value, minimum=0):
         raise ValueError(
-            f"learning_rate must be finite and at least 0, but the schedule gives {learning_rate} "
-            f"at progress_remaining={progress_remaining}"
+            f"{name} must be finite and at least 0, but its schedule gives {value} at progress_remaining={progress_remaining}"
         )
 
 

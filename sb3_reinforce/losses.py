@@ -32,25 +32,6 @@ def entropy_loss(log_prob: th.Tensor, entropy: th.Tensor | None) -> th.Tensor:
     return log_prob.mean() if entropy is None else -entropy.mean()
 
 
-def bounds_loss(means: th.Tensor, stds: th.Tensor, low: th.Tensor, high: th.Tensor) -> th.Tensor:
-    """
-    Squared distance of Gaussian means from the bounds that actions are clipped to.
-
-    Far outside, every sample is clipped to the same action, so that returns do not say which way to move the mean. The
-    ``bounds_loss_coef`` of rl_games penalizes the same (Makoviichuk & Makoviychuk, 2021,
-    https://github.com/Denys88/rl_games).
-
-    :param means: (n_transitions, n_actions)
-    :param stds: (n_transitions, n_actions) standard deviations, above 0
-    :param low: (n_actions,) lower bounds, ``-inf`` for none
-    :param high: (n_actions,) upper bounds, ``inf`` for none
-    :return: scalar: the squared excess in units of half the range or of the standard deviation, whichever is larger, summed
-        over the action dimensions that have both bounds, mean over the transitions
-    """
-    excess = th.relu(means - high) + th.relu(low - means)
-    return (excess / th.maximum((high - low) / 2, stds)).square().sum(dim=1).mean()
-
-
 def kl_divergence(old: Distribution, new: Distribution) -> th.Tensor:
     """
     Kullback-Leibler divergence KL(old || new) in closed form (Kullback & Leibler, 1951).

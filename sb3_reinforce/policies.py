@@ -107,7 +107,7 @@ class MlpPolicy(ActorCriticPolicy):
 
     :param net_arch: hidden layers of the actor, e.g. ``[64, 64]`` (or ``dict(pi=[64, 64])``). Default: ``[64, 64]``, or none
         behind a CNN. The baseline has no hidden layers: a ``vf`` entry is ignored with a warning
-    :param activation_fn: Activation function of the actor, ReLU by default
+    :param activation_fn: Activation function of the actor
     :param ortho_init: True (default) for SB3's orthogonal initialization; False for Glorot-uniform weights and zero biases
         in the actor
     :param log_std_init: Initial value for the log standard deviation. Much noise may hide what the mean achieves; with little,
@@ -124,12 +124,12 @@ class MlpPolicy(ActorCriticPolicy):
         action_space: spaces.Space,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.ReLU,
+        activation_fn: type[nn.Module] = nn.Tanh,
         ortho_init: bool = True,
-        log_std_init: float = -0.75,
+        log_std_init: float = 0.5,
         optimizer_kwargs: dict[str, Any] | None = None,
         baseline: BaselineName | None = "random_features",
-        baseline_memory: float = 0.85,
+        baseline_memory: float = 0.6,
         baseline_kwargs: dict[str, Any] | None = None,
         normalize_observations: bool = True,
         **kwargs: Any,

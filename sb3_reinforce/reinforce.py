@@ -3,7 +3,6 @@
 import io
 import math
 import pathlib
-import re
 from collections import defaultdict
 from collections.abc import Generator
 from copy import copy
@@ -17,20 +16,29 @@ from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
-from stable_baselines3.common.utils import LinearSchedule, explained_variance
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sb3_reinforce.buffers import EpisodeBufferSamples, EpisodeRolloutBuffer
 from sb3_reinforce.callbacks import StepsProgressBar
 from sb3_reinforce.checks import (
     FILE_FORMAT,
     check_hyperparameters,
-    check_learning_rate,
     check_policy_class,
+    check_scheduled,
     check_spaces,
     read_model_file,
 )
-from sb3_reinforce.losses import bounds_loss, entropy_loss, kl_divergence, policy_gradient_loss
+from sb3_reinforce.losses import entropy_loss, kl_divergence, policy_gradient_loss
+from sb3_reinforce.natural_gradient import (
+    InverseTimeDecay,
+    assign,
+    fisher_vector_product,
+    flatten,
+    length_of_divergence,
+    natural_direction,
+)
 from sb3_reinforce.policies import (
     BaselineName,
     CnnPolicy,
@@ -51,14 +59,6 @@ from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, wrap_env
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
 
-def linear_schedule(text: str) -> LinearSchedule:
-    """A schedule to 0 from "lin_" and the value to begin with, as in RL Zoo's files."""
-    try:
-        return LinearSchedule(float(re.fullmatch("lin_(.+)", text)[1]), 0.0, 1.0)  # type: ignore[index]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'learning_rate must be a number, a schedule, or "lin_" and a number, got {text!r}') from error
-
-
 def clone(state: Any) -> Any:
     """A copy of nested dictionaries and lists of tensors, in a tenth of the time of a deep copy."""
     if isinstance(state, dict):
@@ -68,40 +68,51 @@ def clone(state: Any) -> Any:
     return state.clone() if isinstance(state, th.Tensor) else state
 
 
+#: The Fisher matrix is that of so many states of the batch at most: more take time, and do not learn sooner
+_FISHER_STATES = 256
+
+
 class REINFORCE(OnPolicyAlgorithm):
     """
     REINFORCE: Monte-Carlo policy gradients with a closed-form state-value baseline and normalized advantages.
 
     Each iteration collects whole episodes with the current policy, computes the discounted return that followed every
-    action, subtracts what the baseline (fitted to earlier batches) expected in that state, normalizes, and takes one gradient
-    step on ``-mean(log pi(a|s) * advantage)``, no longer than ``target_kl``. Then the baseline is fitted to the batch.
+    action, subtracts what the baseline (fitted to earlier batches) expected in that state, normalizes, and takes one step on
+    ``-mean(log pi(a|s) * advantage)``. Then the baseline is fitted to the batch.
+
+    By default, the step is in the direction of the (damped) natural gradient, and its length is such that the new policy has a
+    divergence of ``target_kl`` from the old one. It needs no learning rate, and training can be stopped or continued at any
+    time. This is REINFORCE in another metric, still one step a batch on data of the current policy. With ``target_kl=None``,
+    it is the optimizer's step at the learning rate.
 
     Episodes are numbered over the life of a model. With a seed, the environment's seed and the noise of the actions of an
     episode depend on the seed and its number alone.
 
-    Papers: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4.
+    Papers: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4. The
+    step: Kakade (2001); Peters & Schaal (2008); Duan et al. (2016, TNPG), https://arxiv.org/abs/1604.06778; Rajeswaran et al.
+    (2017), https://arxiv.org/abs/1703.02660.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy), or a subclass of these. Subclasses of
         SB3's ``ActorCriticPolicy`` work too: their critic branch is then the feature map of the baseline
     :param env: The environment to learn from: an id (made without a render mode), a function that makes it, an environment,
         or a ``VecEnv``. An ``EpisodeVecEnv`` runs the first three, and a plain ``DummyVecEnv``: each environment is reset
         once per episode and not stepped while it is idle. Other ``VecEnv`` are stepped as they are
-    :param learning_rate: The learning rate (at least 0), it can be a function of the current progress remaining (from 1 to
-        0), or, as in RL Zoo, "lin_" and a number: from there linearly to 0 over ``total_timesteps``. A rate that stays high
-        undoes what it has learned
-    :param n_steps: Steps to collect for each environment per update, at least 1: episodes are started until ``n_steps *
-        n_envs`` transitions have been collected in all, and all of them are finished. Fewer make more but noisier updates.
-        2000 unless ``n_episodes`` is given
+    :param learning_rate: The learning rate of the optimizer (at least 0), it can be a function of the current progress
+        remaining (from 1 to 0). Only with ``target_kl=None``
+    :param n_steps: Steps to collect for each environment per update, at least 1, in the place of ``n_episodes``: episodes are
+        started until ``n_steps * n_envs`` transitions have been collected in all, and all of them are finished. For episodes
+        that are very long, or all of one length
     :param gamma: Discount factor per step, in (0, 1]. Lower looks less far ahead, with less noisy returns
-    :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early. None
-        stands for 0 for Gaussian actions, and for 0.03 for discrete ones, which may otherwise die out before they are needed
-    :param bounds_coef: Coefficient of :func:`~sb3_reinforce.losses.bounds_loss` for the loss calculation, at least 0: brings
-        means of Gaussian actions back that are beyond the bounds of the action space (if it has both bounds, and the policy
-        does not squash). Raise it if a policy gets stuck with actions at their bounds; 0 for the plain policy gradient
-    :param max_grad_norm: The maximum value for the gradient clipping (above 0), None for no clipping
-    :param target_kl: Largest Kullback-Leibler divergence, in nats per transition (above 0), that the gradient step may take
-        the policy from the one that has collected the batch: a longer step is shortened. (What the observation statistics
-        then move comes on top.) Less is safer and slower. None for the plain step
+    :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early
+    :param target_kl: The Kullback-Leibler divergence of each step, in nats per transition (above 0, closed form, summed over
+        the dimensions of the action), from the policy that has collected the batch: a number, a function of the current
+        progress remaining, or an :class:`~sb3_reinforce.natural_gradient.InverseTimeDecay` (default: 0.0125 at first, half of
+        it after 50 updates). What the observation statistics then move comes on top. More learns sooner and less reliably; a
+        constant never settles. None for the optimizer's step at ``learning_rate``
+    :param cg_max_steps: maximum number of steps in the Conjugate Gradient algorithm that finds the direction of the step, at
+        least 1. More come closer to the natural gradient, and take time
+    :param cg_damping: damping in the Hessian vector product computation, above 0: what is added to the diagonal of the Fisher
+        matrix. Little is the natural gradient, much the plain one
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps of an episode when using gSDE; -1: only at its beginning
     :param rollout_buffer_class: Rollout buffer class to use, a subclass of
@@ -110,7 +121,8 @@ class REINFORCE(OnPolicyAlgorithm):
     :param normalize_advantage: Whether to give the advantages of each batch mean 0 and standard deviation 1. Without it the
         learning rate has to suit the scale of the rewards
     :param n_episodes: Episodes to collect per update over all environments, at least 1 (more if there are more
-        environments), in the place of ``n_steps``. For rewards that come once an episode
+        environments). 5 unless ``n_steps`` is given. Fewer make more but noisier updates. Where episodes grow longer as the
+        policy gets better, there are many updates at first, and less noisy ones later
     :param max_episode_steps: Puts a ``TimeLimit`` of so many steps, at least 1, around the environment. Below its own limit,
         there are more episodes of the same steps where a policy may dawdle, as a lander that hovers does. None for no other
         limit than the environment's own; a ``VecEnv`` is made with its limits
@@ -121,7 +133,7 @@ class REINFORCE(OnPolicyAlgorithm):
     :param baseline_memory: Weight of the batches before the latest one in the fit of the baseline, per batch, in [0, 1). Less
         follows the policy faster, more has more episodes to fit the baseline to
     :param baseline_kwargs: "ridge" (at least 0: raise it if the baseline fits noise; 0 for "linear", 1e-5 for "quadratic",
-        1e-3 for "random_features" and where features are learned) and "n_units" of "random_features" (128)
+        0.2 for "random_features" and where features are learned) and "n_units" of "random_features" (128)
     :param bootstrap_timeouts: Whether the baseline's value of the last observation is added to the reward when an episode
         ends by a time limit, as in SB3: what happens there says nothing about the state (Pardo et al., 2018,
         https://arxiv.org/abs/1712.00378). Turn it off where a time limit is part of the task, and with ``gamma=1``, where
@@ -152,13 +164,13 @@ class REINFORCE(OnPolicyAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: GymEnv | str | None,
-        learning_rate: float | Schedule | str = "lin_5e-3",
+        learning_rate: float | Schedule = 1e-3,
         n_steps: int | None = None,
         gamma: float = 0.99,
-        ent_coef: float | None = None,
-        bounds_coef: float = 0.1,
-        max_grad_norm: float | None = None,
-        target_kl: float | None = 0.01,
+        ent_coef: float = 0.0,
+        target_kl: float | Schedule | InverseTimeDecay | None = InverseTimeDecay(0.0125, halving=50),
+        cg_max_steps: int = 5,
+        cg_damping: float = 10.0,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
@@ -167,7 +179,7 @@ class REINFORCE(OnPolicyAlgorithm):
         n_episodes: int | None = None,
         max_episode_steps: int | None = None,
         baseline: BaselineName | None = "random_features",
-        baseline_memory: float = 0.85,
+        baseline_memory: float = 0.6,
         baseline_kwargs: dict[str, Any] | None = None,
         bootstrap_timeouts: bool = True,
         normalize_observations: bool | None = None,
@@ -182,13 +194,13 @@ class REINFORCE(OnPolicyAlgorithm):
         super().__init__(
             policy,
             None,  # type: ignore[arg-type]  # see _attach_env
-            learning_rate=learning_rate,  # type: ignore[arg-type]
-            n_steps=2000 if n_steps is None and n_episodes is None else n_steps,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            n_steps=n_steps,  # type: ignore[arg-type]
             gamma=gamma,
             gae_lambda=1.0,
-            ent_coef=ent_coef,  # type: ignore[arg-type]
+            ent_coef=ent_coef,
             vf_coef=0.0,
-            max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
+            max_grad_norm=math.inf,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             rollout_buffer_class=rollout_buffer_class,
@@ -202,8 +214,9 @@ class REINFORCE(OnPolicyAlgorithm):
             _init_setup_model=False,
         )
         check_policy_class(self.policy_class)
-        self.bounds_coef = bounds_coef
         self.target_kl = target_kl
+        self.cg_max_steps = cg_max_steps
+        self.cg_damping = cg_damping
         self.normalize_advantage = normalize_advantage
         self.n_episodes = n_episodes
         self.max_episode_steps = max_episode_steps
@@ -237,18 +250,12 @@ class REINFORCE(OnPolicyAlgorithm):
         """Learn from another environment, see SB3. In a callback, the rollout that is running ends in the one it began in."""
         super().set_env(wrap_env(env, self.max_episode_steps, self.verbose), force_reset)
 
-    def _setup_lr_schedule(self) -> None:
-        if isinstance(self.learning_rate, str):
-            self.lr_schedule = linear_schedule(self.learning_rate)
-        else:
-            super()._setup_lr_schedule()
-
     def _setup_model(self) -> None:
-        if self.ent_coef is None:
-            self.ent_coef = 0.0 if isinstance(self.action_space, spaces.Box) else 0.03
+        if self.n_steps is None and self.n_episodes is None:
+            self.n_episodes = 5
         check_hyperparameters(self)
         self._setup_lr_schedule()
-        check_learning_rate(self.lr_schedule(1.0), 1.0)
+        check_scheduled("learning_rate", self.lr_schedule(1.0), 1.0)
         self.set_random_seed(self.seed)
         self.file_format = FILE_FORMAT
         self.rollout_buffer_class = self.rollout_buffer_class or EpisodeRolloutBuffer
@@ -325,7 +332,7 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """
-        Take one gradient step on the whole batch, no longer than ``target_kl`` allows, then refit the baseline to it.
+        Take one step on the whole batch, then refit the baseline to it.
 
         Whatever interrupts this, policy, optimizer and counters are afterwards either as before it or as after it.
 
@@ -338,25 +345,22 @@ class REINFORCE(OnPolicyAlgorithm):
 
         before = clone(self.get_parameters()), self._n_updates, self._next_episode
         try:
-            start = [parameter.detach().clone() for parameter in policy.parameters()]
             # The gradient of the loss over the whole batch, in train mode (this affects batch norm / dropout)
             policy.set_training_mode(True)
-            policy.optimizer.zero_grad()
+            policy.zero_grad()
             losses: dict[str, float] = defaultdict(float)
-            distributions = []
             for batch in self._batches():
-                distribution, parts = self._add_gradient(batch)
-                distributions.append(copy(distribution))
-                for name, part in parts.items():
+                for name, part in self._add_gradient(batch).items():
                     losses[name] += part * len(batch.returns) / buffer.size()
-            grad_norm = self._clip_gradient()
+            grad_norm = self._gradient_norm()
             policy.set_training_mode(False)
 
             # The step
-            check_learning_rate(self.lr_schedule(self._current_progress_remaining), self._current_progress_remaining)
-            self._update_learning_rate(policy.optimizer)
-            policy.optimizer.step()
-            divergence, features = self._limit_step(start, distributions)
+            old, _ = self._evaluate_batch()
+            if self.target_kl is None:
+                divergence, features = self._optimizer_step(old)
+            else:
+                divergence, features = self._natural_step(old)
 
             # The baseline, in features as they are from now on
             if (normalizer := normalizer_of(policy)) is not None:
@@ -389,38 +393,33 @@ class REINFORCE(OnPolicyAlgorithm):
 
     # Ctrl-C at an unlucky moment leaves PyTorch without gradients
     @th.enable_grad()
-    def _add_gradient(self, batch: EpisodeBufferSamples) -> tuple[Distribution, dict[str, float]]:
+    def _add_gradient(self, batch: EpisodeBufferSamples) -> dict[str, float]:
         """
         Add what some transitions contribute to the gradient of the loss.
 
-        :return: the distribution of their actions, and the parts of their loss without coefficients
+        :return: the parts of their loss without coefficients
         """
-        space, policy = self.action_space, self.policy
-        actions = batch.actions.long().flatten() if isinstance(space, spaces.Discrete) else batch.actions
+        policy = self.policy
+        is_discrete = isinstance(self.action_space, spaces.Discrete)
+        actions = batch.actions.long().flatten() if is_discrete else batch.actions
         with explain_nan():
-            distribution, _ = evaluate(policy, batch.observations)
             if overrides(policy, "evaluate_actions"):
                 _, log_prob, entropy = policy.evaluate_actions(batch.observations, actions)
             else:
+                distribution, _ = evaluate(policy, batch.observations)
                 log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
         parts = dict(
             policy_gradient_loss=policy_gradient_loss(log_prob, batch.advantages),
             entropy_loss=entropy_loss(log_prob, entropy),
         )
         loss = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
-        gaussian = distribution.distribution
-        if isinstance(space, spaces.Box) and not policy.squash_output and isinstance(gaussian, th.distributions.Normal):
-            low, high = (th.as_tensor(bound.flatten()).to(gaussian.mean) for bound in (space.low, space.high))
-            parts["bounds_loss"] = bounds_loss(gaussian.mean, gaussian.stddev.detach(), low, high)
-            if self.bounds_coef > 0:
-                loss = loss + self.bounds_coef * parts["bounds_loss"]
         (loss * len(batch.returns) / self.rollout_buffer.size()).backward()
-        return distribution, {name: part.item() for name, part in parts.items()}
+        return {name: part.item() for name, part in parts.items()}
 
-    def _clip_gradient(self) -> float:
-        """Clip the gradient if asked for; return its norm before that, or raise a ValueError if it is not finite."""
-        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm).item()
+    def _gradient_norm(self) -> float:
+        """The norm of the gradient, or a ValueError if it is not finite."""
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        grad_norm = flatten(gradients).norm().item()
         if not math.isfinite(grad_norm):
             raise ValueError(
                 f"The gradient of update {self._n_updates + 1} is not finite: the step was not taken. Scale down what is too "
@@ -449,53 +448,79 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _divergence(self, old: list[Distribution]) -> tuple[float | None, th.Tensor]:
         """
-        :return: mean divergence from the distributions before the step, None if it has no closed form; and the features
-        :raises ValueError: if it is not finite, or has no closed form and is needed
+        :param old: distributions of the actions before the step, see :meth:`_evaluate_batch`
+        :return: mean divergence from these, None if it has no closed form; and the features
         """
+        new, features = self._evaluate_batch()
         try:
-            new, features = self._evaluate_batch()
             with th.no_grad():
-                divergence = th.cat([kl_divergence(*pair) for pair in zip(old, new, strict=True)]).mean().item()
-            if not math.isfinite(divergence):
+                return th.cat([kl_divergence(*pair) for pair in zip(old, new, strict=True)]).mean().item(), features
+        except NotImplementedError:
+            return None, features
+
+    def _optimizer_step(self, old: list[Distribution]) -> tuple[float | None, th.Tensor]:
+        """Take the optimizer's step at the learning rate. Arguments and results are those of :meth:`_divergence`."""
+        check_scheduled("learning_rate", self.lr_schedule(self._current_progress_remaining), self._current_progress_remaining)
+        self._update_learning_rate(self.policy.optimizer)
+        self.policy.optimizer.step()
+        try:
+            divergence, features = self._divergence(old)
+            if divergence is not None and not math.isfinite(divergence):
                 raise ValueError("The new policy is infinitely far from the old one")
-        except NotImplementedError as error:
-            if self.target_kl is None:
-                return None, features
-            name = type(old[0]).__name__
-            raise ValueError(f"The divergence of a {name} has no closed form: target_kl must be None with it") from error
         except ValueError as error:
             raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
         return divergence, features
 
-    def _limit_step(self, start: list[th.Tensor], old: list[Distribution]) -> tuple[float | None, th.Tensor]:
-        """
-        Go back towards the parameters before the step until it is no longer than ``target_kl``.
+    def _natural_step(self, old: list[Distribution]) -> tuple[float | None, th.Tensor]:
+        """Take a step of ``target_kl`` along the natural gradient. Arguments and results are those of :meth:`_divergence`."""
+        schedule = self.target_kl
+        time = self._n_updates if isinstance(schedule, InverseTimeDecay) else self._current_progress_remaining
+        target_kl = float(schedule(time) if callable(schedule) else schedule)  # type: ignore[arg-type]
+        check_scheduled("target_kl", target_kl, self._current_progress_remaining)
+        trained = (parameter for group in self.policy.optimizer.param_groups for parameter in group["params"])
+        parameters = [parameter for parameter in trained if parameter.grad is not None]
+        gradient = flatten(parameter.grad for parameter in parameters if parameter.grad is not None)
+        if target_kl == 0 or not gradient.any():
+            return self._divergence(old)
 
-        :return: the divergence that is left and the features, see :meth:`_divergence`
-        """
-        end = [parameter.detach().clone() for parameter in self.policy.parameters()]
+        try:
+            product = fisher_vector_product(self._self_divergence(), parameters)
+        except NotImplementedError as error:
+            name = type(old[0]).__name__
+            raise ValueError(f"The divergence of a {name} has no closed form: target_kl must be None with it") from error
+        direction = natural_direction(-gradient, product, self.cg_damping, self.cg_max_steps)
+        curvature = direction @ product(direction)
+        start = flatten(parameters).detach()
+        result: Any = None
 
-        def move(length: float) -> None:
+        def divergence_at(length: float) -> float:
+            nonlocal result
+            assign(parameters, start + length * direction)
+            try:
+                result = self._divergence(old)
+            except ValueError:
+                # The distributions are not defined any more
+                return math.inf
+            return result[0]
+
+        # To the second order, the divergence is half the squared length times the curvature
+        length_of_divergence(divergence_at, target_kl, math.sqrt(2 * target_kl / max(curvature.item(), 1e-12)))
+        # PyTorch does not always check its distributions: after torch.compile, no process does
+        if result is None or not math.isfinite(result[0]):
+            raise ValueError(f"Update {self._n_updates + 1} was undone: no step along its gradient leaves the policy finite")
+        return result
+
+    @th.enable_grad()
+    def _self_divergence(self) -> th.Tensor:
+        """The mean divergence of the policy from itself in some states of the batch: 0, with gradients of the second order."""
+        # What is compiled has no second gradients
+        policy: Any = getattr(self.policy, "_orig_mod", self.policy)
+        states = self.rollout_buffer.spread(min(_FISHER_STATES, chunk_size(policy))).observations
+        # PyTorch's fast attention has no second derivatives either
+        with sdpa_kernel(SDPBackend.MATH):
             with th.no_grad():
-                for parameter, first, last in zip(self.policy.parameters(), start, end, strict=True):
-                    parameter.copy_(th.lerp(first, last, length))
-
-        divergence, features = self._divergence(old)
-        if self.target_kl is None or divergence is None or divergence <= self.target_kl:
-            return divergence, features
-        # Once more in evaluation mode: what dropout or batch norm do in training is no part of the step
-        move(0.0)
-        old, _ = self._evaluate_batch()
-        length = 1.0
-        while length > 1e-6:
-            move(length)
-            divergence, features = self._divergence(old)
-            assert divergence is not None
-            if divergence <= self.target_kl:
-                break
-            # The divergence of short steps is quadratic in their length, that of long ones may be anything
-            length *= min(max(math.sqrt(self.target_kl / divergence), 0.5), 0.9)
-        return divergence, features
+                old = copy(evaluate(policy, states)[0])
+            return kl_divergence(old, evaluate(policy, states)[0]).mean()
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         # Were the steps of the latest batch counted, as they are by SB3, a schedule would be past its beginning for the first

@@ -77,10 +77,6 @@ def register() -> None:
                 if self.vec_env_class is DummyVecEnv:
                     self.vec_env_class = EpisodeVecEnv
 
-        def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-            # REINFORCE reads "lin_5e-3" itself; with a schedule of rl_zoo3, a model would not load without rl_zoo3
-            return hyperparams if self.algo == ALGO else super()._preprocess_schedules(hyperparams)
-
     # Both modules have a name for it, whichever is imported from
     rl_zoo3.exp_manager.ExperimentManager = rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]
     # SB3's own also counts the steps that idle environments do not take
@@ -117,9 +113,8 @@ def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_
     sampled_params = {
         "n_steps": trial.suggest_int("n_steps", 128, 2048, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
-        "learning_rate": trial.suggest_float("learning_rate", 3e-4, 0.03, log=True),
-        "lr_schedule": trial.suggest_categorical("lr_schedule", ["linear", "constant"]),
         "target_kl": trial.suggest_float("target_kl", 1e-3, 0.1, log=True),
+        "cg_damping": trial.suggest_float("cg_damping", 0.01, 10.0, log=True),
         "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
         "baseline": trial.suggest_categorical("baseline", ["linear", "quadratic", "random_features"]),
         "baseline_memory": trial.suggest_float("baseline_memory", 0.0, 0.9),
@@ -129,8 +124,7 @@ def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_
         "activation_fn": trial.suggest_categorical("activation_fn", list(_ACTIVATION_FNS)),
     }
     if n_actions > 0:
-        sampled_params["bounds_coef"] = trial.suggest_float("bounds_coef", 1e-3, 1.0, log=True)
-        sampled_params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 0.5)
+        sampled_params["log_std_init"] = trial.suggest_float("log_std_init", -2.0, 1.0)
     # Display true values
     trial.set_user_attr("gamma", 1 - sampled_params["one_minus_gamma"])
     return convert_reinforce_params(sampled_params)
@@ -143,8 +137,6 @@ def convert_reinforce_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
     hyperparams = sampled_params.copy()
     hyperparams["gamma"] = 1 - hyperparams.pop("one_minus_gamma")
-    if hyperparams.pop("lr_schedule") == "linear":
-        hyperparams["learning_rate"] = f"lin_{hyperparams['learning_rate']}"
     policy_kwargs = {
         "net_arch": _NET_ARCHS[hyperparams.pop("net_arch")],
         "activation_fn": _ACTIVATION_FNS[hyperparams.pop("activation_fn")],

@@ -86,6 +86,16 @@ def test_get_yields_all_transitions_once_and_in_order(batch_size: int | None):
         np.testing.assert_allclose(th.cat(parts).numpy(), getattr(buffer, attribute), rtol=1e-6)
 
 
+@given(lengths, st.integers(1, 60))
+def test_spread_yields_evenly_spaced_transitions(lengths_of_each: list[list[int]], max_size: int):
+    """From the first on, at most so many, and as many as a whole number of steps between them allows."""
+    buffer = filled(lengths_of_each)
+    step = next(step for step in range(1, 200) if len(range(0, buffer.size(), step)) <= max_size)
+    samples = buffer.spread(max_size)
+    for name, attribute in SAMPLES.items():
+        np.testing.assert_allclose(getattr(samples, name).numpy(), getattr(buffer, attribute)[::step], rtol=1e-6)
+
+
 def test_sample_draws_transitions_uniformly_with_replacement():
     """With NumPy's global generator, as SB3 does it; five standard errors."""
     buffer = filled([[3, 2], [4]])
@@ -153,5 +163,7 @@ def test_an_unfinished_rollout_cannot_be_learned_from():
     buffer.add(np.zeros((1, 2)), np.zeros((1, 2, 3)), np.zeros(1), ones, ones)
     with pytest.raises(AssertionError):
         next(buffer.get())
+    with pytest.raises(AssertionError):
+        buffer.spread(1)
     with pytest.raises(AssertionError):
         buffer.sample(1)

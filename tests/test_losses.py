@@ -17,7 +17,7 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 
-from sb3_reinforce.losses import bounds_loss, entropy_loss, kl_divergence, policy_gradient_loss
+from sb3_reinforce.losses import entropy_loss, kl_divergence, policy_gradient_loss
 
 numbers = st.floats(-100, 100, width=32)
 logits = st.floats(-5, 5, width=32)
@@ -67,28 +67,6 @@ def test_entropy_loss_is_minus_the_mean_entropy_or_its_estimate(data: st.DataObj
     loss = entropy_loss(th.tensor(log_prob), th.tensor(entropy) if closed_form else None)
     expected = -sum(map(float, entropy)) / n if closed_form else sum(map(float, log_prob)) / n
     assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-
-@given(st.data())
-def test_bounds_loss_is_the_squared_distance_beyond_the_bounds(data: st.DataObject):
-    n_transitions, n_actions = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
-    low = data.draw(st.lists(st.integers(-100, 100) | st.just(-np.inf), min_size=n_actions, max_size=n_actions))
-    ranges = st.sampled_from([0.0, 0.125, 3.0, np.inf])
-    high = [data.draw(numbers | st.just(np.inf)) if bound == -np.inf else bound + data.draw(ranges) for bound in low]
-    stds = data.draw(arrays(np.float32, (n_transitions, n_actions), elements=st.floats(0.0625, 4, width=32)))
-    means = data.draw(arrays(np.float32, (n_transitions, n_actions), elements=numbers))
-    expected, slopes = 0.0, np.zeros((n_transitions, n_actions))
-    for t, i in np.ndindex(n_transitions, n_actions):
-        scale = max((high[i] - low[i]) / 2, float(stds[t, i]))
-        nearest = min(max(float(means[t, i]), low[i]), high[i])
-        if not math.isinf(scale):
-            expected += ((means[t, i] - nearest) / scale) ** 2 / n_transitions
-            slopes[t, i] = 2 * (means[t, i] - nearest) / scale**2 / n_transitions
-    tensor = th.tensor(means, requires_grad=True)
-    loss = bounds_loss(tensor, *(th.tensor(values, dtype=th.float32) for values in (stds, low, high)))
-    loss.backward()
-    assert loss.item() == pytest.approx(expected, rel=1e-4)
-    np.testing.assert_allclose(tensor.grad, slopes, rtol=1e-4)
 
 
 # The divergence --------------------------------------------------------------------------------------------------------------

@@ -187,11 +187,11 @@ def test_the_features_extractor_is_the_users(normalize: bool):
 def test_policy_defaults():
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
     layers = [*policy.mlp_extractor.policy_net, policy.action_net]
-    assert [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert [type(layer) for layer in layers] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
     assert [layer.out_features for layer in layers[::2]] == [64, 64, 2]
     assert (policy.ortho_init, policy.normalize_observations) == (True, True)
-    assert (policy.baseline, policy.baseline_memory, policy.value_net.memory) == ("random_features", 0.85, 0.85)
-    assert th.equal(policy.log_std, th.full((2,), -0.75))
+    assert (policy.baseline, policy.value_net.memory) == ("random_features", policy.baseline_memory)
+    assert th.equal(policy.log_std, th.full((2,), 0.5))
     settings = policy.optimizer.param_groups[0]
     assert (type(policy.optimizer), settings["betas"], settings["eps"]) == (th.optim.Adam, (0.9, 0.999), 1e-8)
     assert not policy.value_net.weight.any()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
@@ -25,6 +26,7 @@ from torch import nn
 import sb3_reinforce
 from sb3_reinforce import REINFORCE, MlpPolicy, policies, reinforce
 from sb3_reinforce.baselines import LinearBaseline
+from sb3_reinforce.natural_gradient import InverseTimeDecay
 from tests.envs import RandomEnv, RandomLengthEnv, ScriptedEnv
 
 LANDER = "LunarLanderContinuous-v3"
@@ -75,12 +77,15 @@ class Rollouts(BaseCallback):
 ARTICLE: dict[str, Any] = dict(
     gamma=0.97,
     learning_rate=1e-3,
-    bounds_coef=0.0,
+    ent_coef=0.0,
     target_kl=None,
+    normalize_advantage=True,
     baseline="linear",
     baseline_memory=0.0,
+    baseline_kwargs=dict(ridge=0.0),
+    bootstrap_timeouts=False,
     normalize_observations=False,
-    policy_kwargs=dict(net_arch=[32, 32], ortho_init=False, log_std_init=0.0),
+    policy_kwargs=dict(net_arch=[32, 32], activation_fn=nn.ReLU, ortho_init=False, log_std_init=0.0),
 )
 
 
@@ -143,16 +148,12 @@ def test_is_the_articles_algorithm():
 
 def test_algorithm_defaults():
     model: Any = REINFORCE("MlpPolicy", LANDER)
-    assert (model.n_steps, model.n_episodes, model.gamma) == (2000, None, 0.99)
-    assert model.learning_rate == "lin_5e-3"
-    np.testing.assert_allclose([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], [5e-3, 2.5e-3, 0])
-    assert (model.baseline, model.baseline_memory, model.normalize_advantage) == ("random_features", 0.85, True)
+    assert (model.n_steps, model.n_episodes, model.gamma) == (None, 5, 0.99)
+    assert str(model.target_kl) == str(InverseTimeDecay(0.0125, halving=50))
+    assert (model.cg_max_steps, model.cg_damping) == (5, 10.0)
+    assert (model.learning_rate, model.ent_coef, model.normalize_advantage) == (1e-3, 0.0, True)
+    assert (model.baseline, model.baseline_memory) == ("random_features", 0.6)
     assert (model.bootstrap_timeouts, model.normalize_observations) == (True, True)
-    assert (model.ent_coef, model.bounds_coef, model.max_grad_norm, model.target_kl) == (0.0, 0.1, None, 0.01)
-    # One default for discrete actions, another for Gaussian ones; a given value is kept
-    for space in (spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(2)):
-        assert REINFORCE("MlpPolicy", RandomEnv(VECTOR, space, 9)).ent_coef == 0.03
-    assert REINFORCE("MlpPolicy", "CartPole-v1", ent_coef=0.0).ent_coef == 0.0
     # A policy that is made without the algorithm is the same
     for name in ("baseline", "baseline_memory", "normalize_observations"):
         assert signature(MlpPolicy).parameters[name].default == getattr(model, name) == getattr(model.policy, name)
@@ -167,8 +168,11 @@ def cartpole_gradient(**kwargs: Any) -> np.ndarray:
     return rollouts.gradients[0]
 
 
+@pytest.mark.parametrize("target_kl", [None, 0.01])
 @pytest.mark.parametrize("space", ["vector", "image", "dictionary"])
-def test_a_batch_in_chunks_is_the_same_as_all_at_once(space: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_batch_in_chunks_is_the_same_as_all_at_once(space: str, target_kl: float | None, monkeypatch: pytest.MonkeyPatch):
+    # Otherwise the states of the Fisher matrix are those of a chunk
+    monkeypatch.setattr(reinforce, "_FISHER_STATES", 1)
     image = spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8)
     policy, observation_space = {
         "vector": ("MlpPolicy", VECTOR),
@@ -178,7 +182,8 @@ def test_a_batch_in_chunks_is_the_same_as_all_at_once(space: str, monkeypatch: p
 
     def learn() -> np.ndarray:
         env = RandomEnv(observation_space, spaces.Discrete(3), 8)
-        return REINFORCE(policy, env, n_steps=30, seed=0, ent_coef=0.1).learn(90).policy.parameters_to_vector()
+        model = REINFORCE(policy, env, n_steps=30, seed=0, ent_coef=0.1, target_kl=target_kl)
+        return model.learn(90).policy.parameters_to_vector()
 
     whole = learn()
     monkeypatch.setattr(policies, "_CHUNK", 7 * spaces.flatdim(observation_space))
@@ -227,16 +232,11 @@ def test_the_baseline_is_used_and_fitted_with_the_features_of_the_policy_as_it_i
 
     policy_kwargs = dict(share_features_extractor=share_features_extractor)
     env = RandomEnv(space, spaces.Discrete(3), 8)
-    kwargs: dict[str, Any] = dict(n_steps=30, learning_rate=1e-3, seed=0, bootstrap_timeouts=False)
+    kwargs: dict[str, Any] = dict(n_steps=30, seed=0, bootstrap_timeouts=False, baseline_kwargs=dict(ridge=1e-3))
     kwargs |= dict(normalize_observations=normalize_observations, policy_kwargs=policy_kwargs)
     check = Check()
     REINFORCE("MultiInputPolicy", env, **kwargs).learn(120, callback=check)
     assert len(check.batches) >= 4 and np.ptp(check.batches[-1].old_values.numpy()) > 0
-
-
-def test_max_grad_norm_clips_the_gradient():
-    free, clipped = cartpole_gradient(), cartpole_gradient(max_grad_norm=1e-3)
-    np.testing.assert_allclose(clipped, free * 1e-3 / np.linalg.norm(free), rtol=1e-4, atol=1e-9)
 
 
 def test_advantages_are_normalized_only_if_asked_for():
@@ -246,34 +246,10 @@ def test_advantages_are_normalized_only_if_asked_for():
 
 def test_the_entropy_bonus_raises_the_entropy():
     def entropy_loss(ent_coef: float) -> float:
-        kwargs: dict[str, Any] = dict(n_steps=200, learning_rate=1e-2, seed=0)
-        model = REINFORCE("MlpPolicy", pendulum(), ent_coef=ent_coef, **kwargs).learn(3000)
+        model = REINFORCE("MlpPolicy", pendulum(), ent_coef=ent_coef, n_steps=200, seed=0).learn(3000)
         return model.logger.name_to_value["train/entropy_loss"]
 
     assert entropy_loss(1.0) < entropy_loss(0.0) - 0.05
-
-
-@pytest.mark.parametrize("chunk", [2_000_000, 640])
-def test_means_beyond_the_bounds_are_part_of_the_gradient(chunk: int, monkeypatch: pytest.MonkeyPatch):
-    """Against the derivative of the penalty, written out: the means are a bias, each element of which is 3 too high."""
-    monkeypatch.setattr(policies, "_CHUNK", chunk)
-
-    def gradient(bounds_coef: float) -> np.ndarray:
-        rollouts = Rollouts()
-        low, high = np.array([[-2, -np.inf], [4, 1]], np.float32)
-        env = RandomEnv(VECTOR, spaces.Box(low, high), 9)
-        model = REINFORCE("MlpPolicy", env, n_steps=64, seed=0, bounds_coef=bounds_coef)
-        with th.no_grad():
-            model.policy.action_net.weight.zero_()
-            model.policy.action_net.bias.copy_(th.tensor([7.0, 4.0]))
-        model.learn(64, callback=rollouts)
-        # (3 / 3)^2, and nothing for the other, which has no range
-        assert model.logger.name_to_value["train/bounds_loss"] == pytest.approx(1.0)
-        names = [name for name, _ in model.policy.named_parameters()]
-        sizes = [parameter.numel() for parameter in model.policy.parameters()]
-        return np.split(rollouts.gradients[0], np.cumsum(sizes)[:-1])[names.index("action_net.bias")]
-
-    np.testing.assert_allclose(gradient(0.5) - gradient(0.0), [0.5 * 2 * 3 / 3**2, 0], rtol=1e-4, atol=1e-6)
 
 
 class EqualRewards(ScriptedEnv):
@@ -282,74 +258,15 @@ class EqualRewards(ScriptedEnv):
         return observation, 1.0, *rest
 
 
-def test_a_policy_stuck_beyond_the_bounds_comes_back():
-    """Equal returns, as where every sample is clipped to the same action: nothing but the penalty moves it."""
-
-    def excess(**kwargs: Any) -> float:
-        model = REINFORCE("MlpPolicy", EqualRewards([1]), n_steps=10, seed=0, learning_rate=0.03, **kwargs)
-        with th.no_grad():
-            model.policy.action_net.bias.fill_(-4.0)
-        model.learn(1200)
-        return model.logger.name_to_value["train/bounds_loss"]
-
-    assert excess(bounds_coef=0.0) > 2 * 2.9**2
-    assert excess() < 2 * 0.1**2
-
-
-def test_a_narrow_range_does_not_outweigh_the_returns():
-    """The best action is beyond what the mean may be without a penalty, which must stay small beside noise of 0.47."""
-
-    class Bandit(ScriptedEnv):
-        action_space = spaces.Box(-0.05, 0.05, (1,))
-
-        def step(self, action: np.ndarray) -> Any:
-            observation, _, *rest = super().step(action)
-            return observation, float(action[0]), *rest
-
-    model = REINFORCE("MlpPolicy", Bandit([1]), n_steps=50, seed=0).learn(5000)
-    # Of noise around 0, a half comes out at the upper bound
-    assert np.mean(model.rollout_buffer.rewards) > 0.035
-
-
-def test_policies_with_other_outputs_of_their_action_net_are_asked_for_their_means():
-    class WithStd(ActorCriticPolicy):
-        """The action net returns means and logarithms of standard deviations."""
-
-        def _build(self, lr_schedule: Any) -> None:
-            super()._build(lr_schedule)
-            self.action_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 4)
-            with th.no_grad():
-                self.action_net.weight.zero_()
-                self.action_net.bias.copy_(th.tensor([3.0, 0.0, -1.0, 5.0]))
-            self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1))  # type: ignore[call-arg]
-
-        def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
-            mean, log_std = self.action_net(latent_pi).chunk(2, dim=1)
-            self.action_dist.distribution = th.distributions.Normal(mean, log_std.clamp(-5, 0).exp())
-            return self.action_dist
-
-    model = REINFORCE(WithStd, ScriptedEnv([4]), n_steps=8, learning_rate=1e-3, seed=0).learn(8)
-    # Means of 3 and 0 for bounds of -1 and 1
-    assert model.logger.name_to_value["train/bounds_loss"] == pytest.approx(4.0)
-
-
-@pytest.mark.parametrize(
-    ("action_space", "kwargs"),
-    [(spaces.Box(-1, 1, (2,)), dict(use_sde=True, policy_kwargs=dict(squash_output=True))), (spaces.Discrete(3), {})],
-)
-def test_actions_that_are_not_clipped_have_no_bounds_loss(action_space: spaces.Space, kwargs: dict[str, Any]):
-    model = REINFORCE("MlpPolicy", RandomEnv(VECTOR, action_space, 9), n_steps=8, **kwargs).learn(8)
-    assert "train/bounds_loss" not in model.logger.name_to_value
-    assert "train/entropy_loss" in model.logger.name_to_value
-
-
-def test_equal_returns_move_nothing():
+@pytest.mark.parametrize("target_kl", [None, 0.01])
+def test_equal_returns_move_nothing(target_kl: float | None):
     for n_steps in (1, 50):
-        model = REINFORCE("MlpPolicy", EqualRewards([1]), n_steps=n_steps, seed=0)
+        model = REINFORCE("MlpPolicy", EqualRewards([1]), n_steps=n_steps, target_kl=target_kl, seed=0)
         before = model.policy.parameters_to_vector()
         model.learn(3 * n_steps)
         np.testing.assert_array_equal(model.policy.parameters_to_vector(), before)
         np.testing.assert_allclose(model.policy.value_net.bias, [1.0])
+        assert model.logger.name_to_value["train/kl_divergence_loss"] == 0
 
 
 def test_the_baseline_of_a_batch_is_the_fit_to_the_one_before():
@@ -387,105 +304,7 @@ def test_observation_statistics_are_updated_once_a_batch_from_raw_observations()
     np.testing.assert_allclose(values.mean().item(), model.rollout_buffer.returns.mean(), rtol=1e-4)
 
 
-# Steps that are refused or shortened -----------------------------------------------------------------------------------------
-
-
-def test_a_gradient_that_is_not_finite_is_not_applied():
-    env = ScriptedEnv([4], spoil=lambda what, episode, step, value: 3e38 if what == "reward" else value)
-    model = REINFORCE("MlpPolicy", env, n_steps=8, normalize_advantage=False, baseline=None, seed=0)
-    before = weights(model)
-    with pytest.raises(ValueError, match="gradient of update 1 is not finite"):
-        model.learn(8)
-    np.testing.assert_array_equal(weights(model), before)
-
-
-@pytest.mark.parametrize("target_kl", [None, 0.01])
-def test_a_step_that_breaks_the_policy_is_undone(target_kl: float | None):
-    model = REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8, learning_rate=1e30, target_kl=target_kl, seed=0)
-    before = weights(model)
-    with pytest.raises(ValueError, match="Update 1 was undone: lower the learning rate"):
-        model.learn(8)
-    np.testing.assert_array_equal(weights(model), before)
-    model.learning_rate = 1e-3
-    model._setup_lr_schedule()
-    assert model.learn(16)._n_updates >= 1
-
-
-class Divergences(BaseCallback):
-    """Works out the mean divergence of each update anew, from what the policy returned before and after it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[float] = []
-
-    def _on_step(self) -> bool:
-        return True
-
-    def outputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Means and standard deviations, or probabilities."""
-        with th.no_grad():
-            policy: Any = self.model.policy
-            distribution = policy.get_distribution(self.observations).distribution
-        if isinstance(self.model.action_space, spaces.Box):
-            return distribution.mean.double().numpy(), distribution.stddev.double().numpy()
-        return distribution.probs.double().numpy(), np.zeros(0)
-
-    def _on_rollout_end(self) -> None:
-        self.observations = th.as_tensor(np.array(self.model.rollout_buffer.observations))
-        self.before = self.outputs()
-
-    def after_update(self) -> None:
-        (p, std), (q, other_std) = self.before, self.outputs()
-        if isinstance(self.model.action_space, spaces.Box):
-            terms = np.log(other_std / std) + (std**2 + (p - q) ** 2) / (2 * other_std**2) - 0.5
-        else:
-            terms = p * np.log(p / q)
-        self.found.append(terms.sum(axis=1).mean())
-        np.testing.assert_allclose(self.logger.name_to_value["train/kl_divergence_loss"], self.found[-1], rtol=1e-2)
-
-    def _on_rollout_start(self) -> None:
-        if self.num_timesteps:
-            self.after_update()
-
-    def _on_training_end(self) -> None:
-        self.after_update()
-
-
-@pytest.mark.parametrize("make_env", [pendulum, lambda: gym.make("CartPole-v1")], ids=["Gaussian", "discrete"])
-def test_no_step_is_longer_than_target_kl(make_env: Callable[[], gym.Env]):
-    def measured(target_kl: float | None) -> tuple[list[float], np.ndarray]:
-        callback = Divergences()
-        kwargs: dict[str, Any] = dict(n_steps=200, learning_rate=0.03, normalize_observations=False, seed=0)
-        model = REINFORCE("MlpPolicy", make_env(), target_kl=target_kl, **kwargs).learn(1200, callback=callback)
-        return callback.found, weights(model)
-
-    free, unlimited = measured(None)
-    limited, weights_limited = measured(1e-3)
-    assert max(free) > 1e-2
-    assert len(limited) >= 4 and 1e-4 < min(limited) and max(limited) <= 1.01e-3
-    # A limit that is out of reach changes nothing
-    np.testing.assert_array_equal(measured(1e3)[1], unlimited)
-    assert not np.allclose(weights_limited, unlimited)
-
-
-@pytest.mark.parametrize("rate", [0.03, 0.3, 3.0])
-def test_a_step_that_is_far_too_long_becomes_about_as_long_as_it_may_be(rate: float):
-    model = REINFORCE("MlpPolicy", pendulum(), n_steps=400, learning_rate=rate, target_kl=1e-3, seed=0).learn(1)
-    assert 2e-4 < model.logger.name_to_value["train/kl_divergence_loss"] <= 1e-3
-
-
-@pytest.mark.parametrize("use_sde", [False, True])
-def test_a_step_that_is_shortened_keeps_its_direction(use_sde: bool):
-    def step(target_kl: float | None) -> np.ndarray:
-        kwargs: dict[str, Any] = dict(n_steps=400, learning_rate=0.03, use_sde=use_sde, seed=0)
-        model = REINFORCE("MlpPolicy", pendulum(), target_kl=target_kl, **kwargs)
-        before = model.policy.parameters_to_vector()
-        return model.learn(1).policy.parameters_to_vector() - before
-
-    whole, shortened = step(None), step(1e-3)
-    fraction = np.linalg.norm(shortened) / np.linalg.norm(whole)
-    assert fraction < 0.9
-    np.testing.assert_allclose(shortened, fraction * whole, rtol=0.01, atol=1e-5)
+# The step --------------------------------------------------------------------------------------------------------------------
 
 
 class Dropout(nn.Module):
@@ -495,27 +314,312 @@ class Dropout(nn.Module):
         return nn.functional.dropout(x, 0.5, self.training)
 
 
-@pytest.mark.parametrize("module", [lambda n: nn.Dropout(0.5), lambda n: Dropout(), nn.BatchNorm1d])
-def test_what_training_mode_does_is_no_part_of_the_step(module: Any):
-    """Dropout and batch norm alone make for more than the divergence allowed here, whatever class does it."""
+class WithDropout(MlpPolicy):
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        self.mlp_extractor.policy_net.append(Dropout())
 
-    class Moody(MlpPolicy):
-        def _build_mlp_extractor(self) -> None:
-            super()._build_mlp_extractor()
-            self.mlp_extractor.policy_net.append(module(self.mlp_extractor.latent_dim_pi))
 
-    def step(target_kl: float | None) -> tuple[float, np.ndarray]:
-        kwargs: dict[str, Any] = dict(n_steps=400, learning_rate=1e-5, policy_kwargs=dict(log_std_init=-3.0), seed=0)
-        model = REINFORCE(Moody, pendulum(200), target_kl=target_kl, **kwargs)
+class WithBatchNorm(MlpPolicy):
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        self.mlp_extractor.policy_net.append(nn.BatchNorm1d(self.mlp_extractor.latent_dim_pi))
+
+
+class WithStd(ActorCriticPolicy):
+    """The action net returns means and logarithms of standard deviations."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 4)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1))  # type: ignore[call-arg]
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+        mean, log_std = self.action_net(latent_pi).chunk(2, dim=1)
+        self.action_dist.distribution = th.distributions.Normal(mean, log_std.clamp(-5, 0).exp())
+        return self.action_dist
+
+
+class Attention(BaseFeaturesExtractor):
+    """PyTorch has several implementations of it, most of them without second derivatives."""
+
+    def __init__(self, observation_space: spaces.Space):
+        super().__init__(observation_space, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        tokens = observations[..., None].expand(-1, -1, 4)
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(dim=1)
+
+
+class Steps(BaseCallback):
+    """
+    Works out the mean divergence of each step anew: that of what the policy returns in the states of the batch with the
+    parameters after the step from what it returns with those before it, all else being equal.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.divergences: list[float] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        policy = self.model.policy
+        (batch,) = self.model.rollout_buffer.get()
+        self.observations = deepcopy(batch.observations)
+        self.before = {name: value.clone() for name, value in policy.state_dict().items()}
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps:
+            self.after_update()
+
+    def _on_training_end(self) -> None:
+        self.after_update()
+
+    def after_update(self) -> None:
+        policy: Any = self.model.policy
+        after = {name: value.clone() for name, value in policy.state_dict().items()}
+        # The statistics of observations are updated after the step
+        statistics = {name: value for name, value in self.before.items() if "observation_normalizer" in name}
+        # Shared ones have several names
+        parameters = {name: self.before[name] for name, _ in policy.named_parameters(remove_duplicate=False)}
+        policy.load_state_dict(after | statistics)
+        new = self.outputs()
+        policy.load_state_dict(after | statistics | parameters)
+        self.divergences.append(divergence(self.outputs(), new))
+        policy.load_state_dict(after)
+        assert self.logger.name_to_value["train/kl_divergence_loss"] == pytest.approx(self.divergences[-1], rel=0.01)
+
+    def outputs(self) -> list[np.ndarray]:
+        """Means and standard deviations of Gaussians; for each discrete action, the probabilities of its values."""
         with th.no_grad():
-            model.policy.action_net.weight.normal_(std=0.3)
-        before = weights(model)
-        return model.learn(1).logger.name_to_value["train/kl_divergence_loss"], weights(model) - before
+            distribution: Any = self.model.policy.get_distribution(self.observations).distribution  # type: ignore[operator]
+        if isinstance(distribution, th.distributions.Normal):
+            return [distribution.mean.double().numpy(), distribution.stddev.double().numpy()]
+        if isinstance(distribution, th.distributions.Bernoulli):
+            ones = distribution.probs.double().numpy()
+            return [np.stack([p, 1 - p], axis=1) for p in ones.T]
+        parts = distribution if isinstance(distribution, list) else [distribution]
+        return [part.probs.double().numpy() for part in parts]
 
-    divergence, taken = step(0.05)
-    assert 0 < divergence <= 0.05
-    assert taken.any()
-    np.testing.assert_array_equal(taken, step(None)[1])
+
+def divergence(old: list[np.ndarray], new: list[np.ndarray]) -> float:
+    if old[0].min() >= 0 and np.allclose(old[0].sum(axis=1), 1):
+        terms = [p * np.log(p / q) for p, q in zip(old, new, strict=True)]
+        return np.concatenate(terms, axis=1).sum(axis=1).mean()
+    (mean, std), (other_mean, other_std) = old, new
+    gaussian = np.log(other_std / std) + (std**2 + (mean - other_mean) ** 2) / (2 * other_std**2) - 0.5
+    return gaussian.sum(axis=1).mean()
+
+
+BOX, DISCRETE = spaces.Box(-1, 1, (2,)), spaces.Discrete(3)
+IMAGE = spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8)
+SQUASHED: dict[str, Any] = dict(use_sde=True, policy_kwargs=dict(squash_output=True))
+#: Policy, spaces and arguments
+STEPS: dict[str, tuple[Any, spaces.Space, spaces.Space, dict[str, Any]]] = {
+    "Box": ("MlpPolicy", VECTOR, BOX, {}),
+    "short": ("MlpPolicy", VECTOR, BOX, dict(target_kl=1e-4)),
+    "long": ("MlpPolicy", VECTOR, BOX, dict(target_kl=1.0)),
+    "little damping": ("MlpPolicy", VECTOR, BOX, dict(cg_damping=1e-4)),
+    "much damping": ("MlpPolicy", VECTOR, BOX, dict(cg_damping=1e9)),
+    "little noise": ("MlpPolicy", VECTOR, BOX, dict(policy_kwargs=dict(log_std_init=-8.0))),
+    "gSDE": ("MlpPolicy", VECTOR, BOX, dict(use_sde=True)),
+    "squashed gSDE": ("MlpPolicy", VECTOR, BOX, SQUASHED),
+    "Discrete": ("MlpPolicy", VECTOR, DISCRETE, {}),
+    "MultiDiscrete": ("MlpPolicy", VECTOR, spaces.MultiDiscrete([2, 3]), {}),
+    "MultiBinary": ("MlpPolicy", VECTOR, spaces.MultiBinary(2), {}),
+    "images": ("CnnPolicy", IMAGE, DISCRETE, {}),
+    "dictionaries": ("MultiInputPolicy", spaces.Dict(image=IMAGE, vector=VECTOR), BOX, {}),
+    "dropout": (WithDropout, VECTOR, BOX, {}),
+    "batch norm": (WithBatchNorm, VECTOR, BOX, {}),
+    "attention": ("MlpPolicy", VECTOR, BOX, dict(policy_kwargs=dict(features_extractor_class=Attention))),
+    "SB3's policy": (ActorCriticPolicy, VECTOR, DISCRETE, {}),
+    "standard deviations of states": (WithStd, VECTOR, BOX, {}),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_every_step_has_the_divergence_asked_for(case: str):
+    policy, observation_space, action_space, kwargs = STEPS[case]
+    kwargs = dict(target_kl=0.01) | kwargs
+    steps = Steps()
+    REINFORCE(policy, RandomEnv(observation_space, action_space, 8), n_steps=50, seed=0, **kwargs).learn(200, callback=steps)
+    assert len(steps.divergences) >= 4
+    np.testing.assert_allclose(steps.divergences, kwargs["target_kl"], rtol=0.01)
+
+
+def dense_fisher(policy: Any, states: th.Tensor) -> np.ndarray:
+    """Mean over the states of J^T M J: J of the means and log standard deviations, or of the logits, and their own M."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    n = sum(parameter.numel() for parameter in parameters)
+    fisher = np.zeros((n, n))
+    for state in states.split(1):
+        distribution = policy.get_distribution(state).distribution
+        if isinstance(distribution, th.distributions.Normal):
+            std = distribution.stddev[0]
+            outputs = [*distribution.mean[0], *th.log(std)]
+            metric = np.diag([*(1 / std.detach().double().numpy() ** 2), *[2.0] * len(std)])
+        else:
+            outputs = [*distribution.logits[0]]
+            p = distribution.probs[0].detach().double().numpy()
+            metric = np.diag(p) - np.outer(p, p)
+        rows = [th.autograd.grad(output, parameters, retain_graph=True, materialize_grads=True) for output in outputs]
+        jacobian = np.array([np.concatenate([part.double().numpy().ravel() for part in row]) for row in rows])
+        fisher += jacobian.T @ metric @ jacobian / len(states)
+    return fisher
+
+
+@pytest.mark.parametrize("damping", [1e-2, 0.1, 1e9])
+@pytest.mark.parametrize("net_arch", [[], [4]], ids=str)
+@pytest.mark.parametrize("action_space", [BOX, DISCRETE], ids=["Box", "Discrete"])
+def test_the_step_is_along_the_damped_natural_gradient(action_space: spaces.Space, net_arch: list[int], damping: float):
+    """That of the present policy, by a dense solve in double precision; much damping is the plain gradient."""
+    rollouts = Rollouts()
+    env = RandomEnv(VECTOR, action_space, 9)
+    kwargs: dict[str, Any] = dict(n_steps=20, seed=0, normalize_observations=False, policy_kwargs=dict(net_arch=net_arch))
+    model = REINFORCE("MlpPolicy", env, target_kl=1e-3, cg_damping=damping, cg_max_steps=100, **kwargs)
+    # Not that of an untrained policy, whose last layer is next to 0
+    with th.no_grad():
+        model.policy.action_net.weight.normal_()
+    before, policy = model.policy.parameters_to_vector(), deepcopy(model.policy)
+    model.learn(1, callback=rollouts)
+    step = (model.policy.parameters_to_vector() - before).astype(np.float64)
+    (gradient,) = rollouts.gradients
+    fisher = dense_fisher(policy, th.as_tensor(rollouts.buffers[0]["observations"]))
+    natural = -np.linalg.solve(fisher + damping * np.eye(len(fisher)), gradient.astype(np.float64))
+
+    def cosine(one: np.ndarray, other: np.ndarray) -> float:
+        return one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+
+    assert cosine(step, natural) > 0.999
+    # The two directions are not the same in the first place
+    assert (cosine(natural, -gradient) > 0.999) == (damping == 1e9)
+
+
+def test_the_step_depends_on_neither_the_learning_rate_nor_the_optimizer():
+    def learn(**kwargs: Any) -> np.ndarray:
+        return weights(REINFORCE("MlpPolicy", RandomLengthEnv(9), n_steps=50, seed=0, **kwargs).learn(200))
+
+    expected = learn()
+    np.testing.assert_array_equal(learn(learning_rate=0.0), expected)
+    np.testing.assert_array_equal(learn(learning_rate=1e9), expected)
+    np.testing.assert_array_equal(learn(policy_kwargs=dict(optimizer_class=th.optim.SGD)), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("normalize_advantage", [False, True])
+def test_the_step_does_not_depend_on_the_scale_of_rewards(normalize_advantage: bool, scale: float):
+    def learn(scale: float) -> np.ndarray:
+        env = gym.wrappers.TransformReward(RandomLengthEnv(9), lambda reward: scale * reward)  # type: ignore[operator]
+        kwargs: dict[str, Any] = dict(normalize_advantage=normalize_advantage, baseline="linear")
+        return REINFORCE("MlpPolicy", env, n_steps=50, seed=0, **kwargs).learn(200).policy.parameters_to_vector()
+
+    np.testing.assert_allclose(learn(scale), learn(1.0), atol=2e-3)
+
+
+def test_the_step_leaves_the_state_of_the_optimizer_alone():
+    model = REINFORCE("MlpPolicy", RandomLengthEnv(9), n_steps=50, seed=0)
+    before = deepcopy(model.policy.optimizer.state_dict())
+    assert same(model.learn(200).policy.optimizer.state_dict(), before)
+    assert not before["state"]
+
+
+@pytest.mark.parametrize("make_env", [pendulum, lambda: gym.make("CartPole-v1")], ids=["Pendulum", "CartPole"])
+def test_learning_in_pieces_is_learning_in_one_piece(make_env: Callable[[], gym.Env]):
+    """To the bit, without knowing how much is still to come."""
+    whole, pieces = (REINFORCE("MlpPolicy", make_env(), n_steps=100, seed=0) for _ in range(2))
+    whole.learn(600)
+    while pieces.num_timesteps < 600:
+        pieces.learn(1, reset_num_timesteps=False)
+    assert pieces._n_updates == whole._n_updates >= 4
+    np.testing.assert_array_equal(weights(pieces), weights(whole))
+
+
+@pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.SGD])
+def test_without_target_kl_the_step_is_that_of_the_optimizer(optimizer_class: type[th.optim.Optimizer]):
+    rollouts = Rollouts()
+    policy_kwargs = dict(optimizer_class=optimizer_class)
+    kwargs: dict[str, Any] = dict(n_steps=50, learning_rate=0.02, target_kl=None, policy_kwargs=policy_kwargs, seed=0)
+    model = REINFORCE("MlpPolicy", RandomLengthEnv(9), **kwargs)
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in model.policy.parameters()]
+    optimizer = optimizer_class(parameters, lr=0.02)  # type: ignore[call-arg]
+    model.learn(200, callback=rollouts)
+    assert len(rollouts.gradients) >= 4
+    for gradient in rollouts.gradients:
+        parts = np.split(gradient, np.cumsum([parameter.numel() for parameter in parameters])[:-1])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = th.as_tensor(part).view_as(parameter)
+        optimizer.step()
+    assert all(map(th.equal, parameters, model.policy.parameters()))
+
+
+# Steps that are refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target_kl", [None, 0.01])
+def test_a_gradient_that_is_not_finite_is_not_applied(target_kl: float | None):
+    env = ScriptedEnv([4], spoil=lambda what, episode, step, value: 3e38 if what == "reward" else value)
+    kwargs: dict[str, Any] = dict(normalize_advantage=False, baseline=None, target_kl=target_kl)
+    model = REINFORCE("MlpPolicy", env, n_steps=8, seed=0, **kwargs)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="gradient of update 1 is not finite"):
+        model.learn(8)
+    assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize(
+    ("env", "rate", "reason"),
+    [(ScriptedEnv([4]), 1e30, "output is not finite"), (RandomEnv(VECTOR, DISCRETE, 4), 1e3, "infinitely far")],
+)
+def test_a_step_that_breaks_the_policy_is_undone(env: gym.Env, rate: float, reason: str):
+    model = REINFORCE("MlpPolicy", env, n_steps=8, learning_rate=rate, target_kl=None, seed=0)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"Update 1 was undone: lower the learning rate\. .*{reason}"):
+        model.learn(8)
+    assert same(snapshot(model), before)
+    model.learning_rate = 1e-3
+    model._setup_lr_schedule()
+    assert model.learn(16)._n_updates >= 1
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_direction_that_is_not_finite_is_not_taken(validate: bool, monkeypatch: pytest.MonkeyPatch):
+    """Whether or not PyTorch checks its distributions."""
+    monkeypatch.setattr(reinforce, "natural_direction", lambda gradient, *args: th.full_like(gradient, np.nan))
+    monkeypatch.setattr(th.distributions.Distribution, "_validate_args", validate)
+    model = REINFORCE("MlpPolicy", RandomLengthEnv(9), n_steps=20, seed=0)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="Update 1 was undone: no step along its gradient leaves the policy finite"):
+        model.learn(1)
+    assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("log_std", [-20.0, -30.0])
+def test_a_policy_with_next_to_no_noise_stays_finite(log_std: float):
+    """Steps that are too short for float32 are none."""
+    kwargs: dict[str, Any] = dict(target_kl=0.01, policy_kwargs=dict(log_std_init=log_std))
+    model = REINFORCE("MlpPolicy", RandomLengthEnv(9), n_steps=20, seed=0, **kwargs).learn(60)
+    assert np.isfinite(weights(model)).all()
+    assert 0 <= model.logger.name_to_value["train/kl_divergence_loss"] <= 0.01001
+
+
+def test_learning_goes_on_when_a_policy_always_does_the_same():
+    """Of a discrete action whose probability is 1, the gradient is next to nothing, but not always nothing."""
+
+    class Bandit(ScriptedEnv):
+        action_space = spaces.Discrete(2)
+
+        def step(self, action: np.ndarray) -> Any:
+            observation, _, *rest = super().step(action)
+            return observation, float(action == 0), *rest
+
+    kwargs: dict[str, Any] = dict(n_steps=100, target_kl=0.01, cg_damping=0.1, seed=0)
+    model = REINFORCE("MlpPolicy", Bandit([1]), **kwargs).learn(8000)
+    assert model._n_updates == 80
+    assert np.isfinite(weights(model)).all()
+    assert np.mean(model.rollout_buffer.rewards) > 0.98
 
 
 def test_a_policy_that_is_never_the_same_twice_is_not_waited_for():
@@ -528,7 +632,7 @@ def test_a_policy_that_is_never_the_same_twice_is_not_waited_for():
             return super()._get_action_dist_from_latent(latent_pi + th.randn_like(latent_pi))
 
     REINFORCE(Restless, pendulum(), n_steps=200, target_kl=1e-9, seed=0).learn(1)
-    assert n_looks < 30
+    assert 0 < n_looks < 40
 
 
 class StudentT(MlpPolicy):
@@ -542,46 +646,80 @@ class StudentT(MlpPolicy):
 
 
 def test_a_distribution_without_a_closed_form_divergence_is_learned_without_target_kl():
+    model = REINFORCE(StudentT, pendulum(), n_steps=50)
+    before = snapshot(model)
     with pytest.raises(ValueError, match=r"divergence of a DiagGaussianDistribution .*target_kl must be None"):
-        REINFORCE(StudentT, pendulum(), n_steps=50).learn(1)
+        model.learn(1)
+    assert same(snapshot(model), before)
     model = REINFORCE(StudentT, pendulum(), n_steps=50, target_kl=None).learn(1)
     assert model._n_updates == 1
     assert "train/kl_divergence_loss" not in model.logger.name_to_value
 
 
-@pytest.mark.parametrize("rate", [np.nan, -1.0, np.inf])
-def test_a_schedule_that_gives_no_learning_rate_is_refused(rate: float):
-    with pytest.raises(ValueError, match=r"learning_rate must be finite .* progress_remaining=1.0"):
-        REINFORCE("MlpPolicy", ScriptedEnv([4]), learning_rate=lambda progress: rate)
-    schedule = lambda progress: 0.1 if progress == 1 else rate  # noqa: E731
-    model = REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8, learning_rate=schedule, seed=0)
-    before = weights(model.learn(8))
-    with pytest.raises(ValueError, match=r"learning_rate must be finite .* progress_remaining=0.5"):
+@pytest.mark.parametrize("value", [np.nan, -1.0, np.inf])
+@pytest.mark.parametrize("name", ["learning_rate", "target_kl"])
+def test_a_schedule_that_gives_what_is_not_allowed_is_refused(name: str, value: float):
+    kwargs: dict[str, Any] = dict(n_steps=8, seed=0, target_kl=None)
+    with pytest.raises(ValueError, match=rf"{name} must be finite .* gives {value} at progress_remaining=1.0"):
+        REINFORCE("MlpPolicy", ScriptedEnv([4]), **kwargs | {name: lambda progress: value}).learn(8)
+    schedule = lambda progress: 0.1 if progress == 1 else value  # noqa: E731
+    model = REINFORCE("MlpPolicy", ScriptedEnv([4]), **kwargs | {name: schedule}).learn(8)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"{name} must be finite .* gives {value} at progress_remaining=0.5"):
         model.learn(8, reset_num_timesteps=False)
-    np.testing.assert_array_equal(weights(model), before)
+    assert same(snapshot(model), before)
 
 
-@pytest.mark.parametrize("schedule", [LinearSchedule(1e-3, 0.0, 1.0), "lin_1e-3"])
-def test_a_schedule_counts_the_steps_before_the_batch(schedule: Any):
+def test_a_schedule_counts_the_steps_before_the_batch():
     """Its beginning is for the first update, and no update has the 0 at its end, however long the last episodes are."""
     rates: list[float] = []
+    divergences: list[float] = []
 
     class Rates(BaseCallback):
         def _on_step(self) -> bool:
             return True
 
         def _on_rollout_start(self) -> None:
+            if self.num_timesteps:
+                self.after_update()
+
+        def _on_training_end(self) -> None:
+            self.after_update()
+
+        def after_update(self) -> None:
             rates.append(self.model.policy.optimizer.param_groups[0]["lr"])
+            divergences.append(self.logger.name_to_value["train/kl_divergence_loss"])
 
-    model = REINFORCE("MlpPolicy", ScriptedEnv([7]), n_steps=10, learning_rate=schedule).learn(30, callback=Rates())
-    rates.append(model.policy.optimizer.param_groups[0]["lr"])
-    assert rates[1:] == pytest.approx([1e-3, 1e-3 * (1 - 14 / 30), 1e-3 * (1 - 28 / 30)])
+    expected = [1e-3, 1e-3 * (1 - 14 / 30), 1e-3 * (1 - 28 / 30)]
+    schedule = LinearSchedule(1e-3, 0.0, 1.0)
+    kwargs: dict[str, Any] = dict(n_steps=10, seed=0)
+    REINFORCE("MlpPolicy", ScriptedEnv([7]), learning_rate=schedule, target_kl=None, **kwargs).learn(30, callback=Rates())
+    assert rates == pytest.approx(expected)
+    divergences.clear()
+    REINFORCE("MlpPolicy", ScriptedEnv([7]), target_kl=schedule, **kwargs).learn(30, callback=Rates())
+    assert divergences == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("text", ["lin_", "lin_abc", "1e-3", "cos_1e-3", "lin_nan", "lin_-1"])
-def test_other_texts_than_a_linear_schedule_are_refused_by_name(text: str):
-    with pytest.raises(ValueError, match="learning_rate"):
-        REINFORCE("MlpPolicy", ScriptedEnv([4]), learning_rate=text)
+def test_inverse_time_decay_counts_the_updates_of_the_life_of_a_model(tmp_path: Path):
+    """Not those of a call of learn(), and whatever the progress."""
+
+    def divergence(model: REINFORCE, **kwargs: Any) -> float:
+        return model.learn(1, **kwargs).logger.name_to_value["train/kl_divergence_loss"]
+
+    model = REINFORCE("MlpPolicy", RandomLengthEnv(9), n_steps=20, target_kl=InverseTimeDecay(0.02, halving=2), seed=0)
+    found = [divergence(model), divergence(model), divergence(model, reset_num_timesteps=False)]
+    model.save(tmp_path / "model")
+    found.append(divergence(REINFORCE.load(tmp_path / "model", RandomLengthEnv(9))))
+    assert found == pytest.approx([0.02, 0.02 / 1.5, 0.02 / 2, 0.02 / 2.5], rel=0.01)
+
+
+def test_a_divergence_of_0_is_no_step():
+    """A schedule may end so; the baseline is fitted all the same."""
+    model = REINFORCE("MlpPolicy", RandomLengthEnv(9), n_steps=20, target_kl=lambda progress: 0.0, seed=0)
+    before = model.policy.parameters_to_vector()
+    model.learn(1)
+    np.testing.assert_array_equal(model.policy.parameters_to_vector(), before)
+    assert model.policy.value_net.weight.any()
 
 
 # Updates that are interrupted ------------------------------------------------------------------------------------------------
@@ -626,20 +764,14 @@ def interrupted_at_line(n: int) -> Iterator[list[str]]:
         th.set_grad_enabled(True)
 
 
-class WithBatchNorm(MlpPolicy):
-    def _build_mlp_extractor(self) -> None:
-        super()._build_mlp_extractor()
-        self.mlp_extractor.policy_net.append(nn.BatchNorm1d(self.mlp_extractor.latent_dim_pi))
-
-
 @pytest.mark.parametrize(
     ("policy", "kwargs"),
     [
-        ("MlpPolicy", dict(target_kl=1e-3)),
+        ("MlpPolicy", dict(target_kl=1e-3, cg_max_steps=3)),
         ("MlpPolicy", dict(target_kl=None, baseline="linear", baseline_memory=0.0, normalize_observations=False)),
-        (WithBatchNorm, dict(baseline=None, max_grad_norm=0.5)),
+        (WithBatchNorm, dict(target_kl=None, baseline=None)),
     ],
-    ids=["shortened step", "whole step", "batch norm"],
+    ids=["natural step", "optimizer's step", "batch norm"],
 )
 def test_an_update_that_is_interrupted_at_any_line_is_either_before_it_or_after_it(policy: Any, kwargs: dict[str, Any]):
     """
@@ -705,8 +837,10 @@ def once(error: BaseException, owner: Any, name: str, monkeypatch: pytest.Monkey
 
 
 POINTS: dict[str, Callable[[REINFORCE], tuple[Any, str]]] = {
-    "gradient": lambda model: (model, "_clip_gradient"),
-    "step": lambda model: (model.policy.optimizer, "step"),
+    "gradient": lambda model: (model, "_gradient_norm"),
+    "step of the optimizer": lambda model: (model.policy.optimizer, "step"),
+    "direction": lambda model: (reinforce, "natural_direction"),
+    "step": lambda model: (reinforce, "assign"),
     "divergence": lambda model: (reinforce, "kl_divergence"),
     "statistics": lambda model: (model.policy.observation_normalizer, "update"),
     "baseline": lambda model: (model.policy.value_net, "fit"),
@@ -714,7 +848,7 @@ POINTS: dict[str, Callable[[REINFORCE], tuple[Any, str]]] = {
 }
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("mine")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("mine")], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("point", POINTS)
 def test_learning_goes_on_after_an_interruption_as_if_there_had_been_none(
     point: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
@@ -722,7 +856,8 @@ def test_learning_goes_on_after_an_interruption_as_if_there_had_been_none(
     def make() -> REINFORCE:
         env = DummyVecEnv([lambda: RandomLengthEnv(9) for _ in range(2)])
         kwargs: dict[str, Any] = dict(learning_rate=0.03, seed=0, policy_kwargs=dict(net_arch=[4]))
-        return REINFORCE("MlpPolicy", env, n_steps=20, **kwargs)
+        target_kl = None if point == "step of the optimizer" else 0.01
+        return REINFORCE("MlpPolicy", env, n_steps=20, target_kl=target_kl, **kwargs)
 
     def learn_up_to(model: REINFORCE, n_updates: int) -> None:
         while model._n_updates < n_updates:
@@ -742,7 +877,7 @@ def test_learning_goes_on_after_an_interruption_as_if_there_had_been_none(
 
 
 def test_rollouts_of_one_seed_differ():
-    model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=50, seed=0, learning_rate=0.0)
+    model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=50, seed=0, target_kl=None, learning_rate=0.0)
     model.learn(50)
     first = model.rollout_buffer.observations[:5].copy()  # type: ignore[index]
     model.learn(50, reset_num_timesteps=False)

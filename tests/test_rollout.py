@@ -187,7 +187,7 @@ def test_rewards_are_those_of_the_steps():
 
 def learned(n_envs: int = 8, seed: int | None = 3, n_rollouts: int = 3, **kwargs: Any) -> tuple[np.ndarray, list[dict]]:
     env = DummyVecEnv([lambda: RandomLengthEnv(9) for _ in range(n_envs)])
-    recorder, model = collect(env, n_rollouts, seed=seed, n_steps=10, learning_rate=1e-2, baseline="linear", **kwargs)
+    recorder, model = collect(env, n_rollouts, seed=seed, n_steps=10, baseline="linear", **kwargs)
     return state_of(model), recorder.rollouts
 
 
@@ -248,7 +248,7 @@ WHEN = ["between calls of learn()", "on_training_start", "on_rollout_start", "on
 def learn_and_use(when: str, use: str | None, given_object: bool = False, n_envs: int = 2) -> np.ndarray:
     """Learn in three calls, the second of which counts from 0, and use the training environment meanwhile."""
     vec_env = DummyVecEnv([lambda: RandomLengthEnv(9) for _ in range(n_envs)])
-    model = REINFORCE("MlpPolicy", vec_env, n_steps=10, seed=0, learning_rate=1e-2, policy_kwargs=dict(net_arch=[]))
+    model = REINFORCE("MlpPolicy", vec_env, n_steps=10, seed=0, policy_kwargs=dict(net_arch=[]))
 
     def action(model: REINFORCE) -> None:
         if use is not None:
@@ -321,6 +321,7 @@ def actions_by_episode(n_envs: int, actor: str, space: str, n_rollouts: int = 1,
         env,
         n_episodes=12 // n_rollouts,
         seed=0,
+        target_kl=None,
         learning_rate=0.0,
         normalize_observations=False,
         policy_kwargs=dict(net_arch=[8], activation_fn=activation_fn),
@@ -553,7 +554,7 @@ def test_images_are_transposed_without_stepping_idle_environments():
 def test_learning_does_not_depend_on_the_types_of_rewards_and_done_flags(reward_dtype: type, done_dtype: type):
     def learn(*dtypes: type) -> tuple[np.ndarray, list[dict], list[dict]]:
         env = Simulators([[5, 3], [2], [7]], dtypes)  # type: ignore[arg-type]
-        recorder, model = collect(env, 3, n_steps=6, seed=0, learning_rate=1e-2, baseline="linear")
+        recorder, model = collect(env, 3, n_steps=6, seed=0, baseline="linear")
         for step in recorder.steps:
             assert (step["rewards"].dtype, step["dones"].dtype) == (np.float32, bool)
         return state_of(model), recorder.rollouts, recorder.steps
@@ -808,7 +809,7 @@ def test_bootstrapping_adds_the_discounted_value_of_the_terminal_observation_at_
 ):
     env = scripted([[4], [2]], truncated=truncated)
     raw = dict(baseline="linear", normalize_observations=False, policy_kwargs={})
-    recorder, model = collect(env, n_steps=2, gamma=0.9, bootstrap_timeouts=bootstrap, learning_rate=0.0, **raw)
+    recorder, model = collect(env, n_steps=2, gamma=0.9, bootstrap_timeouts=bootstrap, **raw)
     with th.no_grad():
         model.policy.value_net.weight.fill_(1.0)  # the value is then the sum of the observation
         model.policy.value_net.bias.fill_(0.5)
@@ -928,7 +929,7 @@ def test_values_that_are_not_finite_are_refused_with_their_place(
 ):
     env, bad = pair(cls, at(what, episode, step, value))
     policy = "MlpPolicy" if cls is ScriptedEnv else "MultiInputPolicy"
-    model = REINFORCE(policy, env, n_steps=8, seed=0, learning_rate=1e-3, policy_kwargs=dict(net_arch=[]))
+    model = REINFORCE(policy, env, n_steps=8, seed=0, policy_kwargs=dict(net_arch=[]))
     before = state_of(model)
     entry = " under 'b'" if cls is DictEnv and what != "reward" else ""
     # Two episodes of each environment make a batch. What a reset returns belongs to the episode that it begins
@@ -982,7 +983,7 @@ def test_the_largest_float32_is_no_error_in_itself():
 def test_an_environment_that_raises_is_named(what: str, step: int, place: str, seed: int | None):
     error = OSError("lost the robot")
     env, bad = pair(ScriptedEnv, at(what, 2, step, error))
-    model = REINFORCE("MlpPolicy", env, n_steps=8, seed=seed, learning_rate=1e-3)
+    model = REINFORCE("MlpPolicy", env, n_steps=8, seed=seed)
     model.learn(16)
     before = state_of(model)
     with pytest.raises(RuntimeError, match=f"Environment 1 raised OSError {place}.*lost the robot") as raised:
@@ -1037,7 +1038,7 @@ def test_episode_statistics_are_those_of_the_monitors():
 def test_two_models_on_one_wrapped_environment_learn_from_whole_episodes(make: Callable[[VecEnv], VecEnv]):
     inner = EpisodeVecEnv([lambda index=index: ScriptedEnv([4, 7, 5], index) for index in range(3)])
     env = make(inner)
-    models = [REINFORCE("MlpPolicy", env, n_steps=10, seed=seed, learning_rate=0.0) for seed in (0, 1)]
+    models = [REINFORCE("MlpPolicy", env, n_steps=10, seed=seed) for seed in (0, 1)]
     lengths: set[int] = set()
     for _ in range(4):
         for model in models:

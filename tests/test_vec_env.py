@@ -465,7 +465,7 @@ def test_episodes_that_end_before_max_episode_steps_are_not_truncated():
 
 
 def test_time_outs_of_max_episode_steps_are_bootstrapped():
-    kwargs: dict[str, Any] = dict(baseline="linear", normalize_observations=False, learning_rate=0.0)
+    kwargs: dict[str, Any] = dict(baseline="linear", normalize_observations=False)
     model = REINFORCE("MlpPolicy", ScriptedEnv([None]), n_steps=3, max_episode_steps=3, gamma=0.5, **kwargs)
     model.policy.value_net.bias.fill_(8.0)
     model.learn(1)

@@ -23,7 +23,6 @@ import rl_zoo3.train
 import torch as th
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
-from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from torch import nn
 
@@ -54,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A working folder in which one model has been trained from the command line, and what was printed."""
     folder = tmp_path_factory.mktemp("work")
     # After the -params that SHORT ends with
-    params = ["n_envs:4", "learning_rate:'lin_5e-3'", "baseline:'quadratic'"]
+    params = ["n_envs:4", "learning_rate:2e-3", "target_kl:0.02", "baseline:'quadratic'"]
     options = ["--eval-freq", "400", "--save-freq", "500", "-tb", "tensorboard", "-P", "--seed", "1"]
     printed = python(folder, "-m", "sb3_reinforce.zoo", "train", "--env", ENV, *options, *SHORT, *params).stdout
     return folder, printed
@@ -93,7 +92,7 @@ def test_trains_from_any_folder(trained: tuple[Path, str]):
     assert "100% ━" in printed and f" {steps:,}/1,200 " in printed
     run_folder = folder / FIRST_RUN
     config = yaml.unsafe_load((run_folder / ENV / "config.yml").read_text())
-    assert (config["n_steps"], config["learning_rate"], config["baseline"]) == (100, "lin_5e-3", "quadratic")
+    assert (config["n_steps"], config["target_kl"], config["baseline"]) == (100, 0.02, "quadratic")
     assert (run_folder / "best_model.zip").exists()
     assert list(run_folder.glob("rl_model_*_steps.zip"))
     assert len(np.load(run_folder / "evaluations.npz")["timesteps"]) >= 2
@@ -102,16 +101,15 @@ def test_trains_from_any_folder(trained: tuple[Path, str]):
 
 
 def test_the_model_needs_no_zoo_to_load(trained: tuple[Path, str]):
-    """Its schedule neither: a decaying learning rate is the same after saving and loading."""
     script = f"""
 import sys
 sys.modules["rl_zoo3"] = None
 from sb3_reinforce import REINFORCE
 model = REINFORCE.load({str(MODEL)!r}, env={ENV!r})
-print([model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)], model.num_timesteps >= 1200)
+print(model.target_kl, model.num_timesteps >= 1200)
 model.learn(500, reset_num_timesteps=False)
 """
-    assert "[0.005, 0.0025, 0.0] True" in python(trained[0], "-c", script).stdout
+    assert "0.02 True" in python(trained[0], "-c", script).stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--load-best"], ["--load-last-checkpoint"]])
@@ -131,7 +129,7 @@ def test_continues(folder: Path, monkeypatch: pytest.MonkeyPatch):
     before = REINFORCE.load(MODEL)
     run(monkeypatch, "train", "--env", ENV, *SHORT, "-i", str(MODEL), "--eval-freq", "-1")
     after = REINFORCE.load(FIRST_RUN.with_name(f"{ENV}_2") / MODEL.name)
-    assert after._n_updates >= before._n_updates + 2
+    assert after._n_updates > before._n_updates
     count = "observation_normalizer.count_0"
     assert after.policy.state_dict()[count] > before.policy.state_dict()[count]
 
@@ -238,7 +236,6 @@ def test_training_environments_are_the_fast_ones(tmp_path: Path):
 def test_other_algorithms_are_left_alone(tmp_path: Path):
     model = experiment(tmp_path, "CartPole-v1", "ppo")
     assert type(model.env) is DummyVecEnv
-    assert not isinstance(model.learning_rate, LinearSchedule)
 
 
 @pytest.mark.parametrize("env", ENTRIES)
@@ -287,7 +284,7 @@ def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # Until there are more than 3000
     assert model.n_steps == 3001
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3] * 3
-    assert (model.ent_coef, model.bounds_coef, model.max_grad_norm, model.target_kl) == (0.0, 0.0, None, None)
+    assert (model.ent_coef, model.target_kl) == (0.0, None)
     assert not model.use_sde
     assert (model.normalize_advantage, model.normalize_observations, model.bootstrap_timeouts) == (True, False, False)
     assert (model.baseline, model.baseline_memory, model.policy.value_net.ridge) == ("linear", 0.0, 0.0)

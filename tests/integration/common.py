@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -13,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from sb3_reinforce import REINFORCE, InverseTimeDecay
 from tests.envs import RandomEnv
 
 VECTOR = spaces.Box(-1, 1, (3,))
@@ -53,6 +55,20 @@ def assert_same(one: Any, other: Any) -> None:
 def assert_same_parameters(model: BaseAlgorithm, other: BaseAlgorithm) -> None:
     """Policy, baseline, statistics and optimizer of two models are the same, bit for bit."""
     assert_same(dict(model.get_parameters()), dict(other.get_parameters()))
+
+
+def logged(model: BaseAlgorithm, name: str) -> float:
+    """What was logged last under a name."""
+    return float(model.logger.name_to_value[name])
+
+
+def assert_stepped_as_asked(model: REINFORCE) -> None:
+    """The divergence of the latest step is the ``target_kl`` of the model."""
+    target_kl = model.target_kl
+    if isinstance(target_kl, InverseTimeDecay):
+        target_kl = target_kl(model._n_updates - 1)
+    assert isinstance(target_kl, float)
+    assert logged(model, "train/kl_divergence_loss") == pytest.approx(target_kl, rel=1e-3)
 
 
 class Batches(BaseCallback):

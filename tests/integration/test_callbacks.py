@@ -2,6 +2,7 @@
 
 import csv
 import json
+from inspect import signature
 from itertools import pairwise
 
 import gymnasium as gym
@@ -26,20 +27,21 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.logger import HParam, HumanOutputFormat, TensorBoardOutputFormat, configure
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sb3_reinforce import REINFORCE
 from tests.envs import RandomEnv
-from tests.integration.common import PAIR, VECTOR, random_env, weights
+from tests.integration.common import PAIR, VECTOR, assert_stepped_as_asked, random_env, weights
 
 #: What is stepped as it is, and what leaves idle environments alone
 AS_IT_IS, LEFT_ALONE = pytest.param(VecCheckNan, id="as_it_is"), pytest.param(lambda env: env, id="left_alone")
 
 
 def make_model(n_envs=1, env=None, **kwargs):
-    kwargs = dict(n_steps=16, seed=0, learning_rate=1e-2) | kwargs
-    return REINFORCE("MlpPolicy", env or random_env(n_envs), **kwargs)
+    return REINFORCE("MlpPolicy", env or random_env(n_envs), **(dict(n_steps=16, seed=0) | kwargs))
 
 
 class Journal(BaseCallback):
@@ -221,9 +223,9 @@ def test_callbacks_may_change_rewards_in_place():
     np.testing.assert_array_equal(model.rollout_buffer.rewards, 7.0)
 
 
-@pytest.mark.parametrize("activation_fn", [th.nn.ReLU, th.nn.ELU])
+@pytest.mark.parametrize("activation_fn", [th.nn.Tanh, th.nn.ELU])
 def test_a_policy_changed_at_the_start_of_a_rollout_collects_it(activation_fn):
-    """As schedules of the exploration noise do. ReLU and ELU act through different code."""
+    """As schedules of the exploration noise do. Tanh and ELU act through different code."""
 
     class Exploit(BaseCallback):
         def _on_rollout_start(self):
@@ -237,7 +239,8 @@ def test_a_policy_changed_at_the_start_of_a_rollout_collects_it(activation_fn):
             expected, _ = self.model.predict(self.model.rollout_buffer.observations, deterministic=True)
             np.testing.assert_allclose(self.model.rollout_buffer.actions.clip(-1, 1), expected, atol=1e-5)
 
-    make_model(policy_kwargs=dict(activation_fn=activation_fn), learning_rate=0.0).learn(50, callback=Exploit())
+    model = make_model(policy_kwargs=dict(activation_fn=activation_fn), target_kl=None, learning_rate=0.0)
+    model.learn(50, callback=Exploit())
 
 
 # What stops training
@@ -393,14 +396,12 @@ def test_callbacks_can_be_combined_and_used_again(tmp_path):
 TRAIN_KEYS = {
     "train/policy_gradient_loss",
     "train/entropy_loss",
-    "train/bounds_loss",
     "train/explained_variance",
     "train/value_loss",
     "train/advantage_std",
     "train/grad_norm",
     "train/kl_divergence_loss",
     "train/std",
-    "train/learning_rate",
 }
 ROLLOUT_KEYS = {
     "rollout/episodes",
@@ -456,11 +457,31 @@ def test_text_gets_all_keys(tmp_path, capsys, format_):
     assert {key.split("/")[1] for key in KEYS} <= printed
 
 
-def test_discrete_actions_have_neither_standard_deviation_nor_bounds(tmp_path):
+def test_discrete_actions_have_no_standard_deviation(tmp_path):
     model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=20, seed=0)
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(200)
-    assert set(read_csv(tmp_path)[-1]) == KEYS - {"train/std", "train/bounds_loss"}
+    assert set(read_csv(tmp_path)[-1]) == KEYS - {"train/std"}
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("learning_rate", dict(target_kl=None, learning_rate=LinearSchedule(0.02, 0.0, 1.0))),
+        ("kl_divergence_loss", dict(target_kl=LinearSchedule(0.02, 0.0, 1.0))),
+    ],
+)
+def test_what_is_logged_of_each_step_follows_its_schedule(tmp_path, name, kwargs):
+    model = make_model(**kwargs)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(120)
+    rows = read_csv(tmp_path)
+    # A row is written before its batch is learned from, and the schedule looks at the steps before the batch
+    steps = [0, *(int(row["time/total_timesteps"]) for row in rows[:-2])]
+    assert len(steps) >= 4
+    expected = 0.02 * (1 - np.array(steps) / 120)
+    np.testing.assert_allclose([float(row[f"train/{name}"]) for row in rows[1:]], expected, rtol=1e-3)
+    assert set(rows[-1]) == KEYS | {f"train/{name}"}
 
 
 def test_keys_that_a2c_has_too_have_the_same_names(tmp_path):
@@ -468,8 +489,8 @@ def test_keys_that_a2c_has_too_have_the_same_names(tmp_path):
     model = A2C("MlpPolicy", random_env(), n_steps=16)
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(200, log_interval=1)
-    # A2C calls the loss of the policy by another name
-    assert set(read_csv(tmp_path)[-1]) - KEYS == {"train/policy_loss"}
+    # A2C calls the loss of the policy by another name, and always has a learning rate
+    assert set(read_csv(tmp_path)[-1]) - KEYS == {"train/policy_loss", "train/learning_rate"}
 
 
 def test_logged_values_are_those_of_the_batch(tmp_path):
@@ -484,10 +505,11 @@ def test_logged_values_are_those_of_the_batch(tmp_path):
     assert values["train/value_loss"] == pytest.approx(np.mean(buffer.returns**2))
     assert values["train/advantage_std"] == pytest.approx(np.std(buffer.returns))
     assert values["train/entropy_loss"] == pytest.approx(-2 * 0.5 * np.log(2 * np.pi * np.e), rel=1e-4)
-    assert values["train/learning_rate"] == 1e-2
     assert values["train/grad_norm"] > 0
-    assert values["train/kl_divergence_loss"] > 0
-    assert values["train/std"] == pytest.approx(1, abs=0.02)
+    assert_stepped_as_asked(model)
+    # After the step
+    assert values["train/std"] == pytest.approx(model.policy.log_std.exp().mean().item())
+    assert values["train/std"] != 1
     row = read_csv(tmp_path)[0]
     assert float(row["rollout/transitions"]) == len(buffer.rewards) == model.num_timesteps
     assert float(row["rollout/episodes"]) == buffer.episode_starts.sum()
@@ -557,17 +579,38 @@ class HyperparametersCallback(BaseCallback):
     """From the documentation of SB3: hyperparameters for TensorBoard's own tab."""
 
     def _on_training_start(self):
-        hyperparameters = dict(algorithm=type(self.model).__name__, gamma=self.model.gamma, n_steps=self.model.n_steps)
-        record = HParam(hyperparameters, {"rollout/ep_len_mean": 0, "train/value_loss": 0.0})
-        self.logger.record("hparams", record, exclude=("stdout", "log", "json", "csv"))
+        hparam_dict = {
+            "algorithm": self.model.__class__.__name__,
+            "learning rate": self.model.learning_rate,
+            "gamma": self.model.gamma,
+        }
+        metric_dict = {"rollout/ep_len_mean": 0, "train/value_loss": 0.0}
+        self.logger.record("hparams", HParam(hparam_dict, metric_dict), exclude=("stdout", "log", "json", "csv"))
 
     def _on_step(self):
         return True
 
 
+@pytest.mark.parametrize("algorithm", [A2C, REINFORCE])
+def test_the_hyperparameters_callback_of_sb3_writes_the_learning_rate(tmp_path, algorithm):
+    model = algorithm("MlpPolicy", random_env(), n_steps=16, seed=0, tensorboard_log=str(tmp_path))
+    model.learn(16, callback=HyperparametersCallback(), log_interval=1)
+    events = EventAccumulator(str(tmp_path / f"{algorithm.__name__}_1"))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    written = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert written["algorithm"].string_value == algorithm.__name__
+    assert (
+        written["learning rate"].number_value
+        == model.learning_rate
+        == signature(algorithm).parameters["learning_rate"].default
+    )
+    assert written["gamma"].number_value == model.gamma
+
+
 def test_folders_of_tensorboard_are_numbered_by_run(tmp_path):
     model = make_model(tensorboard_log=str(tmp_path))
-    model.learn(1, callback=HyperparametersCallback())
+    model.learn(1)
     model.learn(1, reset_num_timesteps=False)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"REINFORCE_1"}
     model.learn(1)

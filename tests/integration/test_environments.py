@@ -163,7 +163,7 @@ def test_neither_the_batches_nor_the_monitor_files_are_biased_towards_short_epis
         return Monitor(FiveOrHundred(), str(tmp_path / str(index)))
 
     with closing(make_vec_env([lambda index=index: make(index) for index in range(4)])) as env:
-        model = REINFORCE("MlpPolicy", env, n_steps=20, seed=seed, learning_rate=0.0, baseline=None, stats_window_size=10**6)
+        model = REINFORCE("MlpPolicy", env, n_steps=20, seed=seed, baseline=None, stats_window_size=10**6)
         model.learn(20_000, callback=batches)
         n_resets = np.array(env.get_attr("n_resets"))
     learned_from = [len(episode) for episode in batches.episodes()]

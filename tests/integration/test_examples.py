@@ -74,7 +74,7 @@ def test_the_example_has_the_settings_of_the_hyperparameter_file(monkeypatch: py
     assert timesteps == learning["total_timesteps"]
     assert type(model.env) is type(of_file.env) and model.n_envs == of_file.n_envs
     specs, specs_of_file = model.env.get_attr("spec"), of_file.env.get_attr("spec")
-    assert [spec.max_episode_steps for spec in specs] == [spec.max_episode_steps for spec in specs_of_file] == [400] * 4
+    assert [spec.max_episode_steps for spec in specs] == [spec.max_episode_steps for spec in specs_of_file] == [400] * 8
     others = {"policy", "env", "stats_window_size", "tensorboard_log", "verbose", "_init_setup_model"}
     for name in signature(REINFORCE).parameters.keys() - others:
         assert getattr(model, name) == getattr(of_file, name), name

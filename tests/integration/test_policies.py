@@ -14,18 +14,31 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from sb3_reinforce import REINFORCE, CnnPolicy, MlpPolicy, MultiInputPolicy
-from tests.integration.common import CHOICE, GRAY_IMAGE, OBSERVATIONS, PAIR, VECTOR, assert_same, random_env, weights
+from sb3_reinforce.baselines import FEATURE_MAPS
+from tests.integration.common import (
+    CHOICE,
+    GRAY_IMAGE,
+    OBSERVATIONS,
+    PAIR,
+    VECTOR,
+    assert_same,
+    assert_stepped_as_asked,
+    logged,
+    random_env,
+    weights,
+)
 
 WIDE_PAIR = spaces.Box(-100, 100, (2,))
 
 
 def make_model(policy="MlpPolicy", action_space=PAIR, n_envs=1, observation_space=VECTOR, **kwargs):
     env = random_env(n_envs, observation_space, action_space)
-    return REINFORCE(policy, env, **(dict(n_steps=16, seed=0, learning_rate=1e-2) | kwargs))
+    return REINFORCE(policy, env, **(dict(n_steps=16, seed=0) | kwargs))
 
 
 def collect(model):
@@ -35,11 +48,13 @@ def collect(model):
 
 
 def check_learns(model):
-    """Two updates change every parameter of the actor, and leave the model in order."""
+    """Two steps of the length asked for change every parameter of the actor, and leave the model in order."""
     policy = model.policy
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    model.learn(1)
-    model.learn(1, reset_num_timesteps=False)
+    for _ in range(2):
+        model.learn(1, reset_num_timesteps=False)
+        if model.target_kl is not None:
+            assert_stepped_as_asked(model)
     assert model._n_updates == 2
     for name, value in policy.state_dict().items():
         assert th.isfinite(value).all(), name
@@ -113,7 +128,7 @@ def test_samples_are_around_what_predict_returns_for_every_activation_function(a
 )
 def test_the_optimizer_can_be_chosen(optimizer_class, optimizer_kwargs):
     kwargs = dict(optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs)
-    model = make_model(policy_kwargs=kwargs)
+    model = make_model(target_kl=None, learning_rate=1e-2, policy_kwargs=kwargs)
     optimizer = model.policy.optimizer
     assert type(optimizer) is optimizer_class
     for name, value in (optimizer_kwargs or {}).items():
@@ -123,14 +138,15 @@ def test_the_optimizer_can_be_chosen(optimizer_class, optimizer_kwargs):
 
 def test_weight_decay_shrinks_the_weights_and_spares_the_baseline():
     kwargs = dict(optimizer_class=th.optim.AdamW, optimizer_kwargs=dict(weight_decay=10.0))
-    models = [make_model(target_kl=None, policy_kwargs=policy_kwargs).learn(1) for policy_kwargs in ({}, kwargs)]
+    step = dict(target_kl=None, learning_rate=1e-2)
+    models = [make_model(policy_kwargs=policy_kwargs, **step).learn(1) for policy_kwargs in ({}, kwargs)]
     plain, decayed = (weights(model.policy.mlp_extractor.policy_net).norm() for model in models)
     assert decayed < 0.95 * plain
     assert th.equal(*(model.policy.value_net.weight for model in models))
 
 
 def test_the_optimizer_follows_a_schedule_of_the_learning_rate():
-    model = make_model(learning_rate=lambda progress: 0.1 * progress, n_steps=50)
+    model = make_model(target_kl=None, learning_rate=lambda progress: 0.1 * progress, n_steps=50)
     rates = []
     model.learn(400, callback=lambda locals_, _: rates.append(rate(locals_["self"])) or True)
     assert rates[0] == pytest.approx(0.1)
@@ -140,6 +156,14 @@ def test_the_optimizer_follows_a_schedule_of_the_learning_rate():
 
 def rate(model):
     return model.policy.optimizer.param_groups[0]["lr"]
+
+
+def test_a_step_of_target_kl_depends_on_neither_optimizer_nor_learning_rate():
+    sgd = dict(optimizer_class=th.optim.SGD, optimizer_kwargs=dict(weight_decay=10.0, momentum=0.9))
+    models = [make_model().learn(50), make_model(learning_rate=10.0, policy_kwargs=sgd).learn(50)]
+    assert models[0]._n_updates >= 2
+    assert th.equal(*(weights(model) for model in models))
+    assert not any(model.policy.optimizer.state_dict()["state"] for model in models)
 
 
 # Features extractors
@@ -201,7 +225,8 @@ def test_the_baseline_is_fitted_to_the_features_as_they_are_after_the_update(nor
         features = policy.features_extractor(th.as_tensor(observations)).double().numpy()
         values = policy.predict_values(th.as_tensor(buffer.observations)).numpy().ravel()
     # As ridge regression on standardized features, within the returns
-    ridge = make_pipeline(StandardScaler(), Ridge(alpha=1e-3 * len(features))).fit(features, buffer.returns)
+    _, alpha = FEATURE_MAPS["random_features"]
+    ridge = make_pipeline(StandardScaler(), Ridge(alpha=alpha * len(features))).fit(features, buffer.returns)
     expected = np.clip(ridge.predict(features), buffer.returns.min(), buffer.returns.max())
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
 
@@ -216,11 +241,11 @@ class FrozenExtractor(SmallExtractor):
 
 @pytest.mark.parametrize("policy", ["MlpPolicy", ActorCriticPolicy])
 @pytest.mark.parametrize("when", ["from_the_beginning", "later"])
-@pytest.mark.parametrize("optimizer_class", [th.optim.Adam, th.optim.AdamW])
-def test_a_frozen_features_extractor_stays_as_it_is(policy, when, optimizer_class):
+@pytest.mark.parametrize("target_kl, optimizer_class", [(0.01, th.optim.Adam), (None, th.optim.Adam), (None, th.optim.AdamW)])
+def test_a_frozen_features_extractor_stays_as_it_is(policy, when, target_kl, optimizer_class):
     extractor_class = FrozenExtractor if when == "from_the_beginning" else SmallExtractor
     kwargs = dict(features_extractor_class=extractor_class, optimizer_class=optimizer_class)
-    model = make_model(policy, policy_kwargs=kwargs)
+    model = make_model(policy, target_kl=target_kl, policy_kwargs=kwargs)
     model.policy.features_extractor.requires_grad_(False)
     before = weights(model.policy.features_extractor)
     head = weights(model.policy.action_net)
@@ -229,7 +254,23 @@ def test_a_frozen_features_extractor_stays_as_it_is(policy, when, optimizer_clas
     assert th.equal(before, weights(model.policy.features_extractor))
     assert not th.equal(head, weights(model.policy.action_net))
     assert model.policy.value_net.weight.any()
-    assert model.logger.name_to_value["train/kl_divergence_loss"] > 0
+    if target_kl is None:
+        assert logged(model, "train/kl_divergence_loss") > 0
+    else:
+        assert_stepped_as_asked(model)
+
+
+@pytest.mark.parametrize(
+    "target_kl",
+    [None, 0.01],
+)
+def test_parameters_that_the_optimizer_was_not_given_stay_as_they_are(target_kl):
+    model = make_model(target_kl=target_kl)
+    model.policy.optimizer = th.optim.Adam(model.policy.action_net.parameters())
+    before, head = weights(model.policy.mlp_extractor), weights(model.policy.action_net)
+    model.learn(50)
+    assert th.equal(before, weights(model.policy.mlp_extractor))
+    assert not th.equal(head, weights(model.policy.action_net))
 
 
 def test_a_pretrained_features_extractor_is_what_the_policy_acts_with(tmp_path):
@@ -337,8 +378,7 @@ def test_what_a_policy_overrides_decides_how_it_acts(override, base, n_envs, sha
 @pytest.mark.parametrize("share_features_extractor", [True, False])
 def test_what_a_policy_overrides_is_what_the_gradient_is_of(override, base, share_features_extractor):
     """The gradient of the loss as it is written down, for log-probabilities and entropies that the policy returns."""
-    kwargs = dict(ent_coef=0.1, bounds_coef=0.0, target_kl=None, n_envs=2)
-    model = make_overriding_model(override, base, share_features_extractor, **kwargs)
+    model = make_overriding_model(override, base, share_features_extractor, ent_coef=0.1, n_envs=2)
     policy, expected = model.policy, []
 
     class Expect(BaseCallback):
@@ -372,9 +412,9 @@ def test_what_a_policy_overrides_is_what_the_gradient_is_of(override, base, shar
 
 @every_override
 @every_base_policy
-def test_a_step_of_a_policy_that_overrides_something_is_within_target_kl(override, base):
+def test_a_step_of_a_policy_that_overrides_something_has_the_divergence_of_target_kl(override, base):
     """As far as its distribution says how it acts."""
-    kwargs = dict(learning_rate=0.1, target_kl=1e-3, n_steps=100, normalize_observations=False)
+    kwargs = dict(target_kl=1e-3, n_steps=100, normalize_observations=False)
     model = make_overriding_model(override, base, **kwargs)
     gaussians = []
 
@@ -396,8 +436,8 @@ def test_a_step_of_a_policy_that_overrides_something_is_within_target_kl(overrid
 
     model.learn(1, callback=Note())
     divergence = th.distributions.kl_divergence(*gaussians).sum(dim=1).mean().item()
-    assert divergence == pytest.approx(model.logger.name_to_value["train/kl_divergence_loss"], rel=0.02)
-    assert 1e-4 < divergence <= 1e-3
+    assert_stepped_as_asked(model)
+    assert divergence == pytest.approx(1e-3, rel=2e-3)
 
 
 class NamedPolicy(MlpPolicy):
@@ -491,7 +531,7 @@ def test_the_critic_branch_of_a_policy_of_sb3_is_the_feature_map_of_the_baseline
 )
 def test_policies_of_sb3_act_as_they_do_in_sb3(policy, observation_space, policy_kwargs):
     kwargs = dict(policy_kwargs=policy_kwargs | dict(log_std_init=-20.0), observation_space=observation_space)
-    model = make_model(policy, WIDE_PAIR, learning_rate=0.0, **kwargs)
+    model = make_model(policy, WIDE_PAIR, target_kl=None, learning_rate=0.0, **kwargs)
     assert type(model.policy) is policy
     with th.no_grad():
         model.policy.action_net.weight.normal_()
@@ -500,12 +540,12 @@ def test_policies_of_sb3_act_as_they_do_in_sb3(policy, observation_space, policy
     np.testing.assert_allclose(model.rollout_buffer.actions, expected, atol=1e-3)
     if policy_kwargs.get("net_arch") == dict(pi=[8], vf=[6, 5]):
         assert model.policy.value_net.in_features == 5
-    model.learning_rate = 1e-2
+    model.target_kl = 0.01
     model.policy.log_std.data.fill_(0.0)
-    model._setup_lr_schedule()
     before = weights(model)
     model.learn(1)
     assert not th.equal(before, weights(model))
+    assert_stepped_as_asked(model)
 
 
 def assert_predicts_the_same(policy, other):
@@ -538,11 +578,13 @@ def test_a_policy_of_the_users_is_saved_alone(tmp_path, kwargs):
     assert_predicts_the_same(model.policy, DocumentationPolicy.load(tmp_path / "policy"))
 
 
-def test_a_compiled_policy_learns_the_same_as_it_does_eagerly():
-    """The eager back-end compiles nothing, but wraps the policy in the same way."""
+@pytest.mark.parametrize("target_kl", [0.01, None])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_policy_learns_the_same_as_it_does_eagerly(backend, target_kl):
+    """These back-ends take no compiler. The second prepares first derivatives alone, as the default one does."""
     # Both through PyTorch: NumPy's rounding is another
-    models = [make_model(policy_kwargs=dict(activation_fn=nn.ELU)) for _ in range(2)]
-    models[1].policy = th.compile(models[1].policy, backend="eager")
+    models = [make_model(target_kl=target_kl, policy_kwargs=dict(activation_fn=nn.ELU)) for _ in range(2)]
+    models[1].policy = th.compile(models[1].policy, backend=backend)
     for model in models:
         model.learn(100)
     th.testing.assert_close(*(weights(model.policy) for model in models), rtol=1e-4, atol=1e-5)
@@ -692,3 +734,145 @@ def test_one_pass_of_the_update_is_in_training_mode_and_all_else_is_not(moody):
     moody.train()
     assert modes.count(True) == 1
     assert modes[0]
+
+
+# The divergence of a step, from what policies say of themselves
+
+
+class SequenceExtractor(BaseFeaturesExtractor):
+    """Looks at a vector as at a sequence of numbers."""
+
+    def __init__(self, observation_space, kind):
+        super().__init__(observation_space, 8)
+        self.embed = nn.Linear(1, 8)
+        self.layer = (
+            nn.GRU(8, 8, batch_first=True) if kind == "gru" else nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        )
+
+    def forward(self, observations):
+        sequence = self.layer(self.embed(observations.unsqueeze(2)))
+        return (sequence[0] if isinstance(sequence, tuple) else sequence).mean(dim=1)
+
+
+def sequences(kind):
+    return dict(policy_kwargs=dict(features_extractor_class=SequenceExtractor, features_extractor_kwargs=dict(kind=kind)))
+
+
+SEPARATE = dict(share_features_extractor=False)
+IMAGE_AND_VECTOR = spaces.Dict(vec=VECTOR, img=GRAY_IMAGE)
+POLICIES = {
+    "gaussian": {},
+    "categorical": dict(action_space=CHOICE),
+    "multi_categorical": dict(action_space=spaces.MultiDiscrete([2, 3])),
+    "bernoulli": dict(action_space=spaces.MultiBinary(2)),
+    "no_hidden_layers": dict(policy_kwargs=dict(net_arch=[])),
+    "relu": dict(policy_kwargs=dict(activation_fn=nn.ReLU)),
+    "separate_extractors": dict(policy_kwargs=dict(features_extractor_class=SmallExtractor, **SEPARATE)),
+    "frozen_extractor": dict(policy_kwargs=dict(features_extractor_class=FrozenExtractor)),
+    "batch_norm_dropout": dict(policy_kwargs=dict(features_extractor_class=BatchNormDropout)),
+    "batch_norm_dropout_of_sb3": dict(policy=ActorCriticPolicy, policy_kwargs=dict(features_extractor_class=BatchNormDropout)),
+    "gru": sequences("gru"),
+    "transformer": sequences("transformer"),
+    "sb3": dict(policy=ActorCriticPolicy),
+    "sb3_separate_extractors": dict(
+        policy=ActorCriticPolicy, policy_kwargs=dict(features_extractor_class=SmallExtractor, **SEPARATE)
+    ),
+    "sb3_documentation": dict(policy=DocumentationPolicy, action_space=CHOICE),
+    "gsde": dict(use_sde=True),
+    "gsde_squashed": dict(use_sde=True, policy_kwargs=dict(squash_output=True)),
+    "gsde_sb3": dict(policy=ActorCriticPolicy, use_sde=True, sde_sample_freq=4, policy_kwargs=dict(full_std=False)),
+    "cnn": dict(policy="CnnPolicy", observation_space=GRAY_IMAGE),
+    "cnn_separate_extractors": dict(policy="CnnPolicy", observation_space=GRAY_IMAGE, policy_kwargs=SEPARATE),
+    "cnn_sb3": dict(policy=ActorCriticCnnPolicy, observation_space=GRAY_IMAGE, action_space=CHOICE),
+    "multi_input": dict(policy="MultiInputPolicy", observation_space=IMAGE_AND_VECTOR),
+    "multi_input_separate_extractors": dict(
+        policy="MultiInputPolicy", observation_space=IMAGE_AND_VECTOR, action_space=CHOICE, policy_kwargs=SEPARATE
+    ),
+    "multi_input_sb3": dict(policy=MultiInputActorCriticPolicy, observation_space=IMAGE_AND_VECTOR),
+}
+
+
+class DistributionParameters(BaseCallback):
+    """Notes the parameters of the distributions of the actions of a batch before and after the step, in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def _on_step(self):
+        return True
+
+    def note(self):
+        policy = self.model.policy
+        assert not policy.training
+        with th.no_grad():
+            parts = policy.get_distribution(obs_as_tensor(self.model.rollout_buffer.observations, "cpu")).distribution
+        if isinstance(parts, th.distributions.Normal):
+            self.noted.append([("normal", parts.mean.double(), parts.stddev.double())])
+        elif isinstance(parts, th.distributions.Bernoulli):
+            self.noted.append([("bernoulli", parts.logits.double())])
+        else:
+            parts = parts if isinstance(parts, list) else [parts]
+            self.noted.append([("categorical", part.logits.double()) for part in parts])
+
+    _on_rollout_end = _on_training_end = note
+
+    def divergence(self):
+        """KL(before || after), summed over the dimensions of the action, mean over the batch."""
+        total = 0.0
+        for (kind, *old), (_, *new) in zip(*self.noted, strict=True):
+            if kind == "normal":
+                (m, s), (n, t) = old, new
+                each = th.log(t / s) + (s**2 + (m - n) ** 2) / (2 * t**2) - 0.5
+            elif kind == "bernoulli":
+                (p, q) = (logits.sigmoid() for logits in (*old, *new))
+                each = p * th.log(p / q) + (1 - p) * th.log((1 - p) / (1 - q))
+            else:
+                (p, q) = (logits.softmax(dim=1) for logits in (*old, *new))
+                each = p * th.log(p / q)
+            total += each.sum(dim=1).mean().item()
+        return total
+
+
+@pytest.mark.parametrize("kwargs", [pytest.param(kwargs, id=name) for name, kwargs in POLICIES.items()])
+def test_the_new_policy_has_the_divergence_asked_for_from_the_one_that_collected_the_batch(kwargs):
+    """Over the whole batch, as it acts, without what the statistics of the observations then change."""
+    callback = DistributionParameters()
+    model = make_model(n_envs=2, target_kl=0.02, n_steps=50, normalize_observations=False, **kwargs)
+    before = {name: value.clone() for name, value in model.policy.named_parameters() if value.requires_grad}
+    model.learn(1, callback=callback)
+    assert model._n_updates == 1
+    assert callback.divergence() == pytest.approx(0.02, rel=2e-3)
+    assert_stepped_as_asked(model)
+    # The actor moves, and nothing else does
+    actor = ("action_net", "mlp_extractor.policy_net", "log_std", "features_extractor")
+    for name, value in model.policy.named_parameters():
+        assert th.isfinite(value).all(), name
+        if name in before:
+            assert th.equal(value, before[name]) != name.startswith(actor), name
+
+
+@pytest.mark.parametrize("validate_args", [True, False])
+@pytest.mark.parametrize(
+    "action_space, make_extreme",
+    [
+        pytest.param(CHOICE, lambda policy: policy.action_net.bias[0].add_(20), id="improbable_actions"),
+        pytest.param(CHOICE, lambda policy: policy.action_net.bias[0].add_(60), id="hardly_possible_actions"),
+        pytest.param(CHOICE, lambda policy: policy.action_net.bias[0].add_(200), id="impossible_actions"),
+        pytest.param(PAIR, lambda policy: policy.log_std.fill_(-10), id="little_noise"),
+        pytest.param(PAIR, lambda policy: policy.log_std.fill_(-20), id="next_to_no_noise"),
+        pytest.param(PAIR, lambda policy: policy.log_std.fill_(20), id="much_noise"),
+    ],
+)
+def test_a_step_of_an_extreme_policy_is_no_longer_than_asked_for_and_leaves_it_finite(
+    action_space, make_extreme, validate_args
+):
+    """Whether PyTorch checks its distributions or not, as after ``torch.compile``."""
+    th.distributions.Distribution.set_default_validate_args(validate_args)
+    model = make_model(action_space=action_space, n_steps=100, target_kl=0.01)
+    with th.no_grad():
+        make_extreme(model.policy)
+    model.learn(1)
+    assert model._n_updates == 1
+    assert 0 <= logged(model, "train/kl_divergence_loss") <= 1.001 * 0.01
+    assert th.isfinite(weights(model)).all()

@@ -4,6 +4,7 @@ import io
 import zipfile
 from contextlib import closing
 from copy import deepcopy
+from inspect import signature
 
 import gymnasium as gym
 import numpy as np
@@ -16,6 +17,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_reinforce import REINFORCE, CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -31,7 +33,9 @@ from tests.integration.common import (
     PlaceEnv,
     assert_same,
     assert_same_parameters,
+    assert_stepped_as_asked,
     assert_whole,
+    logged,
     place,
     random_env,
 )
@@ -54,13 +58,15 @@ CONFIGURATIONS = {
     "few_units": dict(baseline="random_features", baseline_kwargs=dict(n_units=8, ridge=0.1)),
     "no_baseline": dict(baseline=None, bootstrap_timeouts=False),
     "gsde": dict(use_sde=True, policy_kwargs=dict(full_std=False, squash_output=True)),
-    "n_episodes": dict(n_steps=None, n_episodes=5, max_grad_norm=0.5, target_kl=None),
+    "n_episodes": dict(n_steps=None, n_episodes=5),
+    "conjugate_gradients": dict(target_kl=0.05, cg_max_steps=2, cg_damping=3.0),
+    "optimizer": dict(target_kl=None, learning_rate=1e-2),
     "separate_features": dict(normalize_observations=True, policy_kwargs=dict(share_features_extractor=False)),
     "own_buffer": dict(rollout_buffer_class=OwnBuffer),
     "own_policy": dict(policy=OwnPolicy),
     "policy_of_sb3": dict(policy=ActorCriticPolicy),
     "discrete": dict(action_space=spaces.Discrete(3)),
-    "rmsprop": dict(policy_kwargs=dict(optimizer_class=th.optim.RMSprop, optimizer_kwargs=dict(alpha=0.9))),
+    "rmsprop": dict(target_kl=None, policy_kwargs=dict(optimizer_class=th.optim.RMSprop, optimizer_kwargs=dict(alpha=0.9))),
 }
 every_configuration = pytest.mark.parametrize(
     "kwargs", [pytest.param(kwargs, id=name) for name, kwargs in CONFIGURATIONS.items()]
@@ -69,12 +75,16 @@ every_configuration = pytest.mark.parametrize(
 
 def make_model(n_envs=1, policy="MlpPolicy", action_space=PAIR, **kwargs):
     env = random_env(n_envs, action_space=action_space)
-    return REINFORCE(policy, env, **(dict(n_steps=16, seed=3, learning_rate=1e-2) | kwargs))
+    return REINFORCE(policy, env, **(dict(n_steps=16, seed=3) | kwargs))
+
+
+#: Statistics, a memory and the state of an optimizer: much to lose
+MUCH = dict(normalize_observations=True, baseline_memory=0.5, target_kl=None, learning_rate=1e-2)
 
 
 @pytest.fixture
 def trained():
-    return make_model(normalize_observations=True, baseline_memory=0.5).learn(50)
+    return make_model(**MUCH).learn(50)
 
 
 # Models
@@ -118,7 +128,8 @@ def assert_predicts_the_same(model, other, observations=OBSERVATIONS):
 def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, kwargs):
     model = make_model(**kwargs).learn(50)
     # Otherwise there is little to lose
-    assert model.policy.optimizer.state_dict()["state"] and model._n_updates >= 2
+    assert model._n_updates >= 2
+    assert bool(model.policy.optimizer.state_dict()["state"]) == (model.target_kl is None)
     model.save(tmp_path / "model")
     loaded = REINFORCE.load(tmp_path / "model")
     assert_same_parameters(model, loaded)
@@ -137,7 +148,7 @@ def test_a_loaded_model_of_images_or_dictionaries_is_the_one_that_was_saved(
         return random_env(observation_space=observation_space)
 
     kwargs = dict(share_features_extractor=share_features_extractor)
-    model = REINFORCE(policy, make_env(), n_steps=8, seed=0, learning_rate=1e-2, policy_kwargs=kwargs).learn(20)
+    model = REINFORCE(policy, make_env(), n_steps=8, seed=0, policy_kwargs=kwargs).learn(20)
     model.save(tmp_path / "model")
     loaded = REINFORCE.load(tmp_path / "model", env=make_env())
     assert_same_parameters(model, loaded)
@@ -171,34 +182,97 @@ def test_a_model_file_says_whether_observations_are_normalized(tmp_path, policy,
     assert REINFORCE(policy, None, _init_setup_model=False, **kwargs).normalize_observations is expected
 
 
-def test_a_model_file_has_hyperparameters_and_counters(tmp_path):
+def test_a_model_file_has_all_arguments_and_counters(tmp_path):
     given = dict(
         n_steps=None,
         n_episodes=4,
         gamma=0.9,
-        learning_rate="lin_1e-2",
+        learning_rate=0.005,
         ent_coef=0.01,
-        bounds_coef=0.2,
-        max_grad_norm=0.5,
         target_kl=0.02,
+        cg_max_steps=3,
+        cg_damping=0.7,
+        use_sde=True,
+        sde_sample_freq=3,
+        rollout_buffer_class=OwnBuffer,
         normalize_advantage=False,
         max_episode_steps=100,
         baseline="quadratic",
         baseline_memory=0.25,
         baseline_kwargs=dict(ridge=0.5),
         bootstrap_timeouts=False,
-        normalize_observations=True,
+        normalize_observations=False,
+        tensorboard_log=str(tmp_path / "tensorboard"),
+        policy_kwargs=dict(net_arch=[5]),
+        verbose=1,
         seed=11,
     )
-    model = REINFORCE("MlpPolicy", RandomEnv(VECTOR, PAIR, 7), **given).learn(50)
+    parameters = signature(REINFORCE).parameters
+    others = {"policy", "env", "rollout_buffer_kwargs", "stats_window_size", "device", "_init_setup_model"}
+    assert given.keys() == parameters.keys() - others
+    assert [name for name, value in given.items() if value == parameters[name].default] == ["n_steps"]
+    model = REINFORCE("MlpPolicy", RandomEnv(VECTOR, PAIR, 7), stats_window_size=7, **given).learn(50)
     model.save(tmp_path / "model")
     loaded = REINFORCE.load(tmp_path / "model")
     for name, value in given.items():
         assert getattr(loaded, name) == getattr(model, name) == value, name
     for name in ("num_timesteps", "_n_updates", "_next_episode"):
         assert getattr(loaded, name) == getattr(model, name) > 0, name
+    assert loaded._stats_window_size == 7
     assert loaded.rollout_buffer.gamma == 0.9
     assert loaded.lr_schedule(0.5) == 5e-3
+
+
+SCHEDULES = [
+    pytest.param(dict(target_kl=LinearSchedule(0.05, 0.001, 0.9)), id="target_kl_linear"),
+    pytest.param(dict(target_kl=lambda progress: 0.05 * progress), id="target_kl_lambda"),
+    pytest.param(dict(target_kl=None, learning_rate=LinearSchedule(0.05, 0.001, 0.9)), id="learning_rate_linear"),
+    pytest.param(dict(target_kl=None, learning_rate=lambda progress: 0.05 * progress), id="learning_rate_lambda"),
+]
+
+
+@pytest.mark.parametrize("kwargs", SCHEDULES)
+def test_a_model_file_has_schedules(tmp_path, kwargs):
+    make_model(**kwargs).learn(50).save(tmp_path / "model")
+    loaded = REINFORCE.load(tmp_path / "model")
+    name, schedule = list(kwargs.items())[-1]
+    for progress in (1.0, 0.5, 0.0):
+        assert getattr(loaded, name)(progress) == schedule(progress)
+
+
+@pytest.mark.parametrize("kwargs", SCHEDULES)
+def test_a_loaded_model_goes_on_where_its_schedule_was(tmp_path, kwargs):
+    """Saved before its fourth batch, it goes on for as many steps as were left."""
+
+    class Save(BaseCallback):
+        def _on_rollout_start(self):
+            if self.model._n_updates == 3:
+                self.model.save(tmp_path / "model")
+
+        def _on_step(self):
+            return True
+
+    whole = make_model(**kwargs).learn(200, callback=Save())
+    resumed = REINFORCE.load(tmp_path / "model", env=random_env())
+    assert resumed._n_updates == 3 < whole._n_updates - 3
+    resumed.learn(200 - resumed.num_timesteps, reset_num_timesteps=False)
+    assert_same_parameters(resumed, whole)
+    name = "train/kl_divergence_loss"
+    assert logged(resumed, name) == logged(whole, name) > 0
+
+
+def test_a_loaded_model_may_go_on_with_the_other_kind_of_step(tmp_path):
+    make_model().learn(50).save(tmp_path / "model")
+    model = REINFORCE.load(tmp_path / "model", env=random_env(), target_kl=None, learning_rate=1e-2)
+    model.learn(50, reset_num_timesteps=False)
+    assert model.policy.optimizer.state_dict()["state"] and logged(model, "train/learning_rate") == 1e-2
+    model.save(tmp_path / "model")
+    model = REINFORCE.load(tmp_path / "model", env=random_env(), target_kl=0.02)
+    before = deepcopy(model.policy.optimizer.state_dict())
+    model.learn(50, reset_num_timesteps=False)
+    assert_stepped_as_asked(model)
+    # It stays for a third change
+    assert_same(before, model.policy.optimizer.state_dict())
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -219,7 +293,7 @@ def test_a_loaded_model_learns_on_as_if_it_had_never_been_saved(tmp_path, kwargs
 
 def make_cartpole_model(n_envs=2, **kwargs):
     env = make_vec_env("CartPole-v1", n_envs=n_envs)
-    return REINFORCE("MlpPolicy", env, **(dict(n_steps=50, seed=0, learning_rate=1e-2) | kwargs))
+    return REINFORCE("MlpPolicy", env, **(dict(n_steps=50, seed=0) | kwargs))
 
 
 @pytest.mark.parametrize("moment", ["_on_rollout_start", "_on_step", "_on_rollout_end"])
@@ -422,9 +496,12 @@ def test_the_rollout_buffer_is_not_saved(trained, tmp_path):
 
 
 def test_custom_objects_take_the_place_of_what_was_saved(tmp_path):
-    make_model(learning_rate=lambda _: 1e-3).save(tmp_path / "model")
-    loaded = REINFORCE.load(tmp_path / "model", env=random_env(), custom_objects=dict(learning_rate=0.5))
-    loaded.learn(1)
+    make_model(learning_rate=lambda _: 1e-3, target_kl=lambda _: 1e-3).save(tmp_path / "model")
+    objects = dict(learning_rate=0.5, target_kl=0.05)
+    loaded = REINFORCE.load(tmp_path / "model", env=random_env(), custom_objects=objects).learn(1)
+    assert logged(loaded, "train/kl_divergence_loss") == pytest.approx(0.05, rel=1e-3)
+    objects["target_kl"] = None
+    loaded = REINFORCE.load(tmp_path / "model", env=random_env(), custom_objects=objects).learn(1)
     assert loaded.policy.optimizer.param_groups[0]["lr"] == 0.5
 
 
@@ -462,7 +539,7 @@ def path(trained, tmp_path):
 
 
 def test_arguments_of_load_change_the_model(path):
-    kwargs = dict(n_steps=40, gamma=0.5, learning_rate=0.25, ent_coef=0.1, max_grad_norm=1.0, bootstrap_timeouts=False)
+    kwargs = dict(n_steps=40, gamma=0.5, learning_rate=0.25, ent_coef=0.1, bootstrap_timeouts=False)
     model = REINFORCE.load(path, env=random_env(), **kwargs)
     for name, value in kwargs.items():
         assert getattr(model, name) == value
@@ -470,6 +547,14 @@ def test_arguments_of_load_change_the_model(path):
     assert len(model.rollout_buffer.rewards) >= 40
     assert model.rollout_buffer.gamma == 0.5
     assert model.policy.optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("change", [{}, dict(cg_max_steps=1), dict(cg_damping=10.0), dict(target_kl=0.1)], ids=str)
+def test_arguments_of_load_change_the_step(path, change):
+    kwargs = dict(target_kl=0.05, cg_max_steps=10, cg_damping=0.01)
+    first, second = (REINFORCE.load(path, env=random_env(), **chosen).learn(1) for chosen in (kwargs, kwargs | change))
+    assert_stepped_as_asked(second)
+    assert th.equal(first.policy.action_net.weight, second.policy.action_net.weight) == (not change)
 
 
 def test_arguments_of_load_can_change_from_steps_to_episodes(path):
@@ -493,7 +578,9 @@ def test_another_seed_given_to_load_takes_effect(path):
         dict(gamma=1.5),
         dict(ent_coef=-1),
         dict(learning_rate=-1e-3),
-        dict(max_grad_norm=0),
+        dict(target_kl=0),
+        dict(cg_max_steps=0),
+        dict(cg_damping=0),
         dict(max_episode_steps=0),
         dict(baseline="cubic"),
         dict(baseline_memory=1.0),
@@ -648,7 +735,7 @@ def test_a_stream_of_another_algorithm_is_refused_and_stays_open():
 
 
 def make_other():
-    return make_model(normalize_observations=True, baseline_memory=0.5, seed=8)
+    return make_model(**MUCH, seed=8)
 
 
 def test_parameters_of_one_model_make_another_act_like_it(trained):

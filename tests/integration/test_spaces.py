@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from sb3_reinforce import REINFORCE
 from tests.envs import RandomEnv
-from tests.integration.common import CHOICE, GRAY_IMAGE, VECTOR, random_env, weights
+from tests.integration.common import CHOICE, GRAY_IMAGE, VECTOR, assert_stepped_as_asked, random_env, weights
 
 RGB_IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
 
@@ -77,15 +77,16 @@ def actions(*names):
 
 def make_model(policy, env, **kwargs):
     """A model with small features, and with batches of a few episodes."""
-    kwargs = dict(n_steps=8, seed=0, learning_rate=1e-2, policy_kwargs=SMALL_FEATURES[policy]) | kwargs
+    kwargs = dict(n_steps=8, seed=0, policy_kwargs=SMALL_FEATURES[policy]) | kwargs
     return REINFORCE(policy, env, **kwargs)
 
 
 def check_learns_and_predicts(model):
-    """Three updates change the actor, and leave everything finite; actions have the form that environments take."""
+    """Three steps of the length asked for change the actor, all stays finite, and actions are what environments take."""
     before = {name: value.clone() for name, value in model.policy.named_parameters()}
     for _ in range(3):
         model.learn(1, reset_num_timesteps=False)
+        assert_stepped_as_asked(model)
     assert model._n_updates == 3
     for name, value in model.policy.state_dict().items():
         assert th.isfinite(value).all(), name
