@@ -106,27 +106,44 @@ def curves(env_id: str, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def below_after_pass(run: dict[str, Any], steps: int = 50_000) -> list[bool]:
+    """For each evaluation from so many steps after the first that reached 200 on: whether it is below 200."""
+    start = solved_at(run, "steps") + steps
+    return [point["mean_return"] < SOLVED for point in run["evaluations"] if point["steps"] >= start]
+
+
 def headline() -> str:
     """What the README says first of learning."""
-    runs = read(LANDER, "reinforce")
-    returns = np.array([np.mean(run["final_returns"]) for run in runs])
-    low, high = interval(returns)
-    steps, seconds = (np.median([solved_at(run, what) for run in runs]) for what in ("steps", "seconds"))
-    text = (
-        f"On {LANDER}, {np.sum(returns >= SOLVED)} of {len(returns)} seeds end at 200 or more: IQM {iqm(returns):.0f} "
-        f"[{low:.0f}, {high:.0f}], worst {returns.min():.0f} (100 deterministic episodes of each final policy)."
+    lines = []
+    for name in ("reinforce-300k", "reinforce"):
+        runs = [run for run in read(LANDER, name) if run["final_returns"]]
+        if not runs:
+            continue
+        returns = np.array([np.mean(run["final_returns"]) for run in runs])
+        low, high = interval(returns)
+        steps = np.median([run["timesteps"] for run in runs])
+        lines.append(
+            f"- After {steps / 1e6:.1f} million steps, {np.sum(returns >= SOLVED)} of {len(returns)} seeds return 200 or "
+            f"more: IQM {iqm(returns):.0f} [{low:.0f}, {high:.0f}], worst {returns.min():.0f} (100 deterministic episodes of "
+            "each final policy)."
+        )
+    first = read(LANDER, "reinforce")
+    steps, seconds = (np.array([solved_at(run, what) for run in first]) for what in ("steps", "seconds"))
+    late = np.quantile(steps, 0.9, method="higher")
+    lines.append(
+        f"- The median seed first passes 200 after {np.median(steps):,.0f} steps and {np.median(seconds):.1f} seconds on one "
+        f"core; nine of ten after {late:,.0f} steps."
     )
-    if not np.isfinite(steps):
-        return text + " No more than half of them pass 200 in an evaluation on the way."
-    text += f" The median seed first passes 200 after {steps:,.0f} steps and {seconds:.0f} seconds"
-    ppo = read(LANDER, "ppo")
-    if not ppo:
-        return text + "."
-    theirs = np.median([solved_at(run, "seconds") for run in ppo])
-    return text + (
-        f"; PPO with RL Zoo's settings on the same machine ({len(ppo)} seeds) after {theirs:.0f} seconds, "
-        f"{theirs / seconds:.1f} times as long."
-    )
+    below = np.concatenate([below_after_pass(run) for run in first])
+    lines.append(f"- From 50,000 steps after that on, {below.mean():.1%} of {len(below):,} evaluations are below 200.")
+    for name in ("trpo", "ppo"):
+        if peers := read(LANDER, name):
+            theirs, time = (np.median([solved_at(run, what) for run in peers]) for what in ("steps", "seconds"))
+            lines.append(
+                f"- {name.upper()} with RL Zoo's settings, on the same machine in the same run ({len(peers)} seeds), first "
+                f"passes 200 after {theirs:,.0f} steps and {time:.0f} seconds: {time / np.median(seconds):.1f} times as long."
+            )
+    return "\n".join([f"On {LANDER}, {len(first)} seeds that no tuning has seen:", "", *lines])
 
 
 def main() -> None:

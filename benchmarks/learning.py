@@ -1,14 +1,15 @@
 """
 Learning, over many seeds: one JSON a run, in ``results/learning/ENV/NAME/seed_K.json``.
 
-    python -m benchmarks.learning --env LunarLanderContinuous-v3 --seeds 1000-1019 --jobs 2
-    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo ppo --seeds 1000-1004 --until 200
-    python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 1000-1009 --timesteps 1000000
+    python -m benchmarks.learning --env LunarLanderContinuous-v3 --seeds 8000-8019 --jobs 2
+    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo trpo --seeds 8000-8004 --until 200
+    python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 8000-8019 --timesteps 1000000
 
 Algorithms are those of RL Zoo, each with the settings of its hyperparameter file, and ``defaults``: REINFORCE as its
 constructor makes it, on an environment named by a string. Runs that are there already are skipped. Every so many steps the
 deterministic policy is evaluated on environments that training never sees, with the clock of the run stopped; at the end, the
-final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another ``--name``.
+final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another ``--name``, as do
+other ``--timesteps``, and training in pieces (``--pieces 2000``: that many steps in each call of ``learn()``).
 """
 
 import argparse
@@ -54,9 +55,10 @@ class Evaluations(BaseCallback):
         self.started = time.perf_counter()
         self.next = every
         self.passed = False
+        self.env: VecEnv | None = None
 
     def _init_callback(self) -> None:
-        self.env = evaluation_env(self.model)
+        self.env = self.env or evaluation_env(self.model)
 
     def _on_step(self) -> bool:
         return not self.passed
@@ -65,6 +67,7 @@ class Evaluations(BaseCallback):
         if self.num_timesteps < self.next:
             return
         stopped = time.perf_counter()
+        assert self.env is not None
         mean = float(np.mean(evaluate(self.model, self.env, self.n_episodes)))
         training = [info["r"] for info in self.model.ep_info_buffer or []]
         self.points.append(
@@ -138,9 +141,12 @@ def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namesp
     th.set_num_threads(1)
     model, learning = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
     evaluations = Evaluations(arguments.every, arguments.episodes, arguments.until)
-    model.learn(learning["total_timesteps"], callback=[evaluations, *learning["callback"]])
+    total = learning["total_timesteps"]
+    while model.num_timesteps < total and not evaluations.passed:
+        callback = [evaluations, *learning["callback"]]
+        model.learn(arguments.pieces or total, callback=callback, reset_num_timesteps=arguments.pieces is None)
     seconds = time.perf_counter() - evaluations.started
-    final = [] if evaluations.passed else evaluate(model, evaluations.env, 100)
+    final = [] if evaluations.env is None or evaluations.passed else evaluate(model, evaluations.env, 100)
     write_json(
         FOLDER / env_id / name / f"seed_{seed}.json",
         dict(
@@ -150,6 +156,7 @@ def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namesp
             name=name,
             seed=seed,
             differs=arguments.set,
+            pieces=arguments.pieces,
             timesteps=model.num_timesteps,
             seconds=round(seconds, 1),
             evaluations=evaluations.points,
@@ -172,9 +179,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", required=True)
     parser.add_argument("--algo", default="reinforce", help="reinforce, defaults, ppo, a2c, trpo")
-    parser.add_argument("--seeds", type=seeds, default="1000-1019")
+    parser.add_argument("--seeds", type=seeds, default="8000-8019")
     parser.add_argument("--timesteps", type=int, help="if not those of the file")
-    parser.add_argument("--every", type=int, default=20_000, help="steps between evaluations")
+    parser.add_argument("--pieces", type=int, help="steps of each call of learn(), all in one if not given")
+    parser.add_argument("--every", type=int, default=10_000, help="steps between evaluations")
     parser.add_argument("--episodes", type=int, default=30, help="of one evaluation")
     parser.add_argument("--until", type=float, help="stop when an evaluation reaches this return")
     parser.add_argument("--set", nargs="+", action=StoreDict, default={}, help="key:value, in the place of what the file has")

@@ -123,8 +123,9 @@ def environment_alone(env_id: str) -> Contestant:
 
 
 def make_model(cls: type[OnPolicyAlgorithm], env: Any, n_steps: int, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
-    """A model that acts at random whatever it learns, and logs to nothing."""
-    model: Any = cls(policy, env, n_steps=n_steps, learning_rate=0.0, seed=0, device="cpu", **kwargs)
+    """A model that acts as good as at random whatever it learns, and logs to nothing."""
+    step: dict[str, Any] = dict(target_kl=1e-4) if issubclass(cls, REINFORCE) else dict(learning_rate=0.0)
+    model: Any = cls(policy, env, n_steps=n_steps, seed=0, device="cpu", **step, **kwargs)
     with th.no_grad():
         for name, parameter in model.policy.named_parameters():
             if name.startswith(("action_net.", "log_std")):
