@@ -128,21 +128,28 @@ def headline() -> str:
             "each final policy)."
         )
     first = read(LANDER, "reinforce")
-    steps, seconds = (np.array([solved_at(run, what) for run in first]) for what in ("steps", "seconds"))
+    steps = np.array([solved_at(run, "steps") for run in first])
     late = np.quantile(steps, 0.9, method="higher")
-    lines.append(
-        f"- The median seed first passes 200 after {np.median(steps):,.0f} steps and {np.median(seconds):.1f} seconds on one "
-        f"core; nine of ten after {late:,.0f} steps."
-    )
+    lines.append(f"- The median seed first passes 200 after {np.median(steps):,.0f} steps, nine of ten within {late:,.0f}.")
     below = np.concatenate([below_after_pass(run) for run in first])
     lines.append(f"- From 50,000 steps after that on, {below.mean():.1%} of {len(below):,} evaluations are below 200.")
-    for name in ("trpo", "ppo"):
-        if peers := read(LANDER, name):
-            theirs, time = (np.median([solved_at(run, what) for run in peers]) for what in ("steps", "seconds"))
-            lines.append(
-                f"- {name.upper()} with RL Zoo's settings, on the same machine in the same run ({len(peers)} seeds), first "
-                f"passes 200 after {theirs:,.0f} steps and {time:.0f} seconds: {time / np.median(seconds):.1f} times as long."
+    # These took turns on one core
+    race = {name: read(LANDER, f"race-{name}") for name in ("reinforce", "trpo", "ppo")}
+    medians = {
+        name: [np.median([solved_at(run, what) for run in runs]) for what in ("seconds", "steps")]
+        for name, runs in race.items()
+        if runs
+    }
+    if len(medians) > 1:
+        lines.append(
+            "- Until that, in turn on one core (medians): "
+            + "; ".join(
+                f"{name.upper()} {seconds:.1f} seconds and {steps:,.0f} steps ({len(race[name])} seeds"
+                + (f", {seconds / medians['reinforce'][0]:.1f} times as long)" if name != "reinforce" else ")")
+                for name, (seconds, steps) in medians.items()
             )
+            + ". TRPO and PPO have RL Zoo's settings."
+        )
     return "\n".join([f"On {LANDER}, {len(first)} seeds that no tuning has seen:", "", *lines])
 
 

@@ -2,14 +2,15 @@
 Learning, over many seeds: one JSON a run, in ``results/learning/ENV/NAME/seed_K.json``.
 
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --seeds 8000-8019 --jobs 2
-    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo trpo --seeds 8000-8004 --until 200
+    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo reinforce trpo ppo --name race --until 200
     python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 8000-8019 --timesteps 1000000
 
 Algorithms are those of RL Zoo, each with the settings of its hyperparameter file, and ``defaults``: REINFORCE as its
 constructor makes it, on an environment named by a string. Runs that are there already are skipped. Every so many steps the
 deterministic policy is evaluated on environments that training never sees, with the clock of the run stopped; at the end, the
 final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another ``--name``, as do
-other ``--timesteps``, and training in pieces (``--pieces 2000``: that many steps in each call of ``learn()``).
+other ``--timesteps``, and training in pieces (``--pieces 2000``: that many steps in each call of ``learn()``). Several
+algorithms take turns, seed by seed, so that their seconds are those of one machine in one state.
 """
 
 import argparse
@@ -178,7 +179,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", required=True)
-    parser.add_argument("--algo", default="reinforce", help="reinforce, defaults, ppo, a2c, trpo")
+    parser.add_argument("--algo", nargs="+", default=["reinforce"], help="reinforce, defaults, ppo, a2c, trpo")
     parser.add_argument("--seeds", type=seeds, default="8000-8019")
     parser.add_argument("--timesteps", type=int, help="if not those of the file")
     parser.add_argument("--pieces", type=int, help="steps of each call of learn(), all in one if not given")
@@ -186,14 +187,18 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=30, help="of one evaluation")
     parser.add_argument("--until", type=float, help="stop when an evaluation reaches this return")
     parser.add_argument("--set", nargs="+", action=StoreDict, default={}, help="key:value, in the place of what the file has")
-    parser.add_argument("--name", help="of the folder, if not that of the algorithm")
+    parser.add_argument("--name", help="of the folder, if not that of the algorithm; with several, what theirs begin with")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with one thread")
     arguments = parser.parse_args()
-    name = arguments.name or arguments.algo
+    if len(arguments.algo) == 1:
+        names = [arguments.name or arguments.algo[0]]
+    else:
+        names = [f"{arguments.name}-{algo}" if arguments.name else algo for algo in arguments.algo]
     missing = [
-        (arguments.algo, name, env_id, seed, arguments)
+        (algo, name, env_id, seed, arguments)
         for seed in arguments.seeds
         for env_id in arguments.env
+        for algo, name in zip(arguments.algo, names, strict=True)
         if not (FOLDER / env_id / name / f"seed_{seed}.json").exists()
     ]
     with get_context("spawn").Pool(arguments.jobs) as pool:

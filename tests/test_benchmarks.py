@@ -63,6 +63,26 @@ def test_runs_of_the_file_and_of_the_defaults_are_written_once(results: Path, mo
 REINFORCE_SEEDS = ("reinforce/seed_5", "reinforce/seed_6")
 
 
+def test_algorithms_take_turns_and_a_run_may_be_in_pieces(results: Path, monkeypatch: pytest.MonkeyPatch):
+    small = ["--env", "CartPole-v1", "--timesteps", "600", "--every", "200", "--episodes", "3", "--seeds", "0-1"]
+    turns: list[tuple[str, int]] = []
+    run = learning.run
+    monkeypatch.setattr(learning, "run", lambda algo, name, env_id, seed, _: turns.append((name, seed)))
+    learn(monkeypatch, *small, "--algo", "defaults", "a2c", "--name", "race")
+    assert turns == [("race-defaults", 0), ("race-a2c", 0), ("race-defaults", 1), ("race-a2c", 1)]
+    monkeypatch.setattr(learning, "run", run)
+    learn(monkeypatch, *small, "--algo", "defaults", "--name", "whole")
+    learn(monkeypatch, *small, "--algo", "defaults", "--name", "pieces", "--pieces", "100")
+    whole, pieces = (
+        json.loads((results / f"learning/CartPole-v1/{name}/seed_1.json").read_text()) for name in ("whole", "pieces")
+    )
+    assert pieces["pieces"] == 100 and whole["pieces"] is None
+    assert [point["mean_return"] for point in pieces["evaluations"]] == [
+        point["mean_return"] for point in whole["evaluations"]
+    ]
+    assert pieces["final_returns"] == whole["final_returns"]
+
+
 def test_a_run_may_stop_at_its_aim(results: Path, monkeypatch: pytest.MonkeyPatch):
     small = ["--env", "CartPole-v1", "--timesteps", "50000", "--every", "1000", "--episodes", "3", "--seeds", "0"]
     learn(monkeypatch, *small, "--algo", "defaults", "--until", "5")
@@ -91,16 +111,17 @@ def test_figures_are_those_of_the_runs(results: Path):
     means = [100.0, 210, 220, 230, 240, 250, 260, 270]
     for seed, mean in enumerate(means):
         fake_run("reinforce", seed, mean, 100_000 * (seed + 1), below=500_000 if seed == 0 else None)
-    fake_run("ppo", 0, 250, 900_000)
+    fake_run("race-reinforce", 0, 250, 400_000)
+    fake_run("race-ppo", 0, 250, 900_000)
+    fake_run("race-ppo", 1, 250, 700_000)
     figures.main()
     readme = (results / "README.md").read_text()
     assert "After 1.0 million steps, 7 of 8 seeds return 200 or more: IQM 235 " in readme
     assert "worst 100 " in readme
-    assert "after 450,000 steps and 4.5 seconds" in readme
-    assert "nine of ten after 800,000 steps" in readme
+    assert "after 450,000 steps, nine of ten within 800,000" in readme
     # 9 evaluations of the first seed, 2 of the last
     assert "2.3% of 44 evaluations are below 200" in readme
-    assert "2.0 times as long" in readme
+    assert "REINFORCE 4.0 seconds and 400,000 steps (1 seeds); PPO 8.0 seconds and 800,000 steps (2 seeds, 2.0 times" in readme
     assert f"| {figures.LANDER} | reinforce | 8 | 1 M | 235.0 [" in readme
     assert (results / f"learning_{figures.LANDER}.png").read_bytes().startswith(b"\x89PNG")
 
