@@ -57,7 +57,12 @@ def main() -> None:
     evaluation_env = make_vec_env(ENV, n_envs=10, seed=EVALUATION_SEED, env_kwargs=dict(render_mode=None))
     stop = StopTrainingOnRewardThreshold(arguments.threshold)
     evaluations = EvalCallback(
-        evaluation_env, callback_on_new_best=stop, n_eval_episodes=20, eval_freq=10_000 // env.num_envs, verbose=0
+        evaluation_env,
+        callback_on_new_best=stop,
+        n_eval_episodes=20,
+        eval_freq=10_000 // env.num_envs,
+        log_path=str(folder),
+        verbose=0,
     )
     started = time.perf_counter()
     model.learn(arguments.timesteps, callback=evaluations, progress_bar=True)
@@ -95,18 +100,21 @@ def new_folder(parent: Path) -> Path:
 
 
 def plot_learning_curve(folder: Path) -> None:
-    """Return against steps: each training episode, and the mean of the last 100."""
+    """Return against steps: each training episode, the mean of the last 100, and evaluations, which are without noise."""
     episodes = load_results(str(folder))
     returns, steps = episodes["r"].to_numpy(), episodes["l"].cumsum().to_numpy()
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, returns, ".", markersize=2, alpha=0.25, color="tab:blue", label="one episode")
+    axes.plot(steps, returns, ".", markersize=2, alpha=0.25, color="tab:blue", label="one episode, with its noise")
     if len(returns) >= 100:
         mean = np.convolve(returns, np.full(100, 0.01), mode="valid")
-        axes.plot(steps[99:], mean, color="tab:orange", linewidth=2, label="mean of 100 episodes")
+        axes.plot(steps[99:], mean, color="tab:orange", linewidth=2, label="mean of 100 of these")
+    if (folder / "evaluations.npz").exists():
+        evaluations = np.load(folder / "evaluations.npz")
+        axes.plot(evaluations["timesteps"], evaluations["results"].mean(axis=1), "o-", color="tab:green", label="evaluation")
     axes.axhline(SOLVED, color="gray", linestyle=":", label="solved")
     low = min(np.quantile(returns, 0.01), -100)
-    axes.set(xlabel="steps", ylabel="return", title=f"REINFORCE on {ENV} (actions sampled)", ylim=(low, 330))
+    axes.set(xlabel="steps", ylabel="return", title=f"REINFORCE on {ENV}", ylim=(low, 330))
     axes.legend(loc="lower right")
     figure.savefig(folder / "learning_curve.png", dpi=120)
 
@@ -168,6 +176,7 @@ def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: fl
 
 - `model.zip`: `REINFORCE.load("{folder}/model")`
 - `learning_curve.png`, `*.monitor.csv`: return and length of every training episode (SB3's `load_results` reads them)
+- `evaluations.npz`: returns of the deterministic policy during training (SB3's `EvalCallback`)
 - `landing.mp4`: one episode of the deterministic policy, return {video_return:.0f}
 - `result.json`: the figures above for programs, with the return and length of each evaluation episode
 - `tensorboard/`: `tensorboard --logdir {folder}/tensorboard`
