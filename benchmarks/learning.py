@@ -147,7 +147,8 @@ def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namesp
         callback = [evaluations, *learning["callback"]]
         model.learn(arguments.pieces or total, callback=callback, reset_num_timesteps=arguments.pieces is None)
     seconds = time.perf_counter() - evaluations.started
-    final = [] if evaluations.env is None or evaluations.passed else evaluate(model, evaluations.env, 100)
+    # The same episodes for every run, however often it was evaluated before
+    final = [] if evaluations.passed else evaluate(model, evaluation_env(model), 100)
     write_json(
         FOLDER / env_id / name / f"seed_{seed}.json",
         dict(

@@ -60,6 +60,12 @@ def test_inverse_time_decay_is_halved_after_so_many_updates_and_never_rises(star
     assert repr(schedule) == f"InverseTimeDecay(start={start}, halving={halving})"
 
 
+@pytest.mark.parametrize("arguments", [(0.0, 50), (-0.1, 50), (math.nan, 50), (math.inf, 50), (0.01, 0), (0.01, math.nan)])
+def test_inverse_time_decay_refuses_what_is_not_above_0(arguments: tuple[float, float]):
+    with pytest.raises(ValueError, match=r"start and halving must be above 0, got InverseTimeDecay\(start="):
+        InverseTimeDecay(*arguments)
+
+
 # The Fisher matrix -----------------------------------------------------------------------------------------------------------
 
 
