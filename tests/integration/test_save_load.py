@@ -573,7 +573,6 @@ def test_another_seed_given_to_load_takes_effect(path):
     "kwargs",
     [
         dict(n_steps=0),
-        dict(n_steps=None),
         dict(n_episodes=3),
         dict(gamma=1.5),
         dict(ent_coef=-1),
