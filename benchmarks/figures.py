@@ -20,7 +20,8 @@ from benchmarks.learning import FOLDER
 
 LANDER = "LunarLanderContinuous-v3"
 SOLVED = 200.0
-COLORS = {"reinforce": "tab:blue", "defaults": "tab:cyan", "ppo": "tab:orange", "a2c": "tab:green", "trpo": "tab:red"}
+#: What the curves show, in which color
+COLORS = {"reinforce": "tab:blue", "defaults": "tab:cyan", "race-trpo": "tab:red", "race-ppo": "tab:orange"}
 
 
 def read(env_id: str, name: str) -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def table() -> str:
 
 def curves(env_id: str, path: Path) -> None:
     """Median and interquartile band over seeds of the evaluations, against steps and against seconds, where there are any."""
-    runs_of = {folder.name: read(env_id, folder.name) for folder in sorted((FOLDER / env_id).iterdir())}
+    runs_of = {name: read(env_id, name) for name in COLORS}
     # One evaluation makes no curve
     runs_of = {name: [run for run in runs if len(run["evaluations"]) > 1] for name, runs in runs_of.items()}
     if not any(runs_of.values()):
@@ -94,8 +95,8 @@ def curves(env_id: str, path: Path) -> None:
                 for run in runs
             ]
             low, middle, high = np.percentile(returns, [25, 50, 75], axis=0)
-            color = COLORS.get(name)
-            axes.plot(grid, middle, color=color, label=f"{name}, {len(runs)} seeds")
+            color = COLORS[name]
+            axes.plot(grid, middle, color=color, label=f"{name.removeprefix('race-')}, {len(runs)} seeds")
             axes.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
     panels[1].set(xlabel="seconds of training, one core", xscale="log")
