@@ -10,8 +10,8 @@ constructor makes it, on an environment named by a string. Runs that are there a
 deterministic policy is evaluated on environments that training never sees, with the clock of the run stopped; at the end, the
 final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another ``--name``, as do
 other ``--timesteps``, and training in pieces (``--pieces 2000``: that many steps in each call of ``learn()``). Several
-algorithms take turns, seed by seed, so that their seconds are those of one machine in one state (here, the rest is ``--until 200
---timesteps 1000000``).
+algorithms take turns, seed by seed, so that their seconds are those of one machine in one state (``race`` has ``--until 200
+--timesteps 1000000``, since TRPO's file ends too soon).
 """
 
 import argparse
