@@ -2,7 +2,7 @@
 Learning, over many seeds: one JSON a run, in ``results/learning/ENV/NAME/seed_K.json``.
 
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --seeds 8000-8019 --jobs 2
-    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo reinforce trpo ppo --name race --seeds 8000-8004 ...
+    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo reinforce trpo ppo --name race --until 200
     python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 8000-8019 --timesteps 1000000
 
 Algorithms are those of RL Zoo, each with the settings of its hyperparameter file, and ``defaults``: REINFORCE as its
@@ -10,8 +10,7 @@ constructor makes it, on an environment named by a string. Runs that are there a
 deterministic policy is evaluated on environments that training never sees, with the clock of the run stopped; at the end, the
 final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another ``--name``, as do
 other ``--timesteps``, and training in pieces (``--pieces 2000``: that many steps in each call of ``learn()``). Several
-algorithms take turns, seed by seed, so that their seconds are those of one machine in one state (``race`` has ``--until 200
---timesteps 1000000``, since TRPO's file ends too soon).
+algorithms take turns, seed by seed, so that their seconds are those of one machine in one state.
 """
 
 import argparse
