@@ -142,7 +142,7 @@ def headline() -> str:
         for name, runs in race.items()
         if runs
     }
-    if len(medians) > 1:
+    if "reinforce" in medians:
         lines.append(
             "- Until that, in turn on one core (medians): "
             + "; ".join(

@@ -479,7 +479,7 @@ class REINFORCE(OnPolicyAlgorithm):
         check_scheduled("target_kl", target_kl, self._current_progress_remaining)
         trained = (parameter for group in self.policy.optimizer.param_groups for parameter in group["params"])
         parameters = [parameter for parameter in trained if parameter.grad is not None]
-        gradient = flatten(parameter.grad for parameter in parameters if parameter.grad is not None)
+        gradient = flatten(parameter.grad for parameter in parameters)
         if target_kl == 0 or not gradient.any():
             return self._divergence(old)
 
