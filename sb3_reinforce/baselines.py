@@ -1,14 +1,16 @@
 """
-State-value baselines that are linear in fixed features and fitted in closed form.
+Critics that are linear in fixed features and fitted in closed form: of state values (the baseline), and of action values.
 
-A baseline is two modules: a feature map without trained weights, and :class:`LinearBaseline` on top of it. Nothing here is a
+A critic is two modules: a feature map without trained weights, and :class:`LinearBaseline` on top of it. Nothing here is a
 ``Parameter``: everything is a buffer, so that it is saved with the policy and out of the optimizer's reach.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import get_action_dim, preprocess_obs
 from torch import nn
 
 #: Most features that a fit works with: random projections stand for more. It takes time in proportion to the cube of this
@@ -24,6 +26,9 @@ _CONSTANT_TOLERANCE = 1e-10
 
 #: Samples that are worked on at once: few enough to stay in the processor's cache.
 _BLOCK = 2048
+
+#: Features of states and actions are made in blocks of about so many numbers.
+_NUMBERS = 2_000_000
 
 
 class Moments(NamedTuple):
@@ -162,7 +167,7 @@ class LinearBaseline(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.project = RandomProjection(in_features, MAX_FEATURES) if in_features > MAX_FEATURES else nn.Identity()
-        n_features = min(in_features, MAX_FEATURES)
+        self.n_features = n_features = min(in_features, MAX_FEATURES)
         self.ridge = ridge
         self.memory = memory
         self.truncate = truncate
@@ -200,7 +205,7 @@ class LinearBaseline(nn.Module):
         :raises ValueError: without a sample, or when something is not finite; the weights then stay as they were
         """
         features, returns = np.asarray(features), np.asarray(returns, dtype=np.float64)
-        n_features = self.weight.shape[1]
+        n_features = self.n_features
         if features.shape != (len(returns), n_features) or len(returns) == 0:
             raise ValueError(
                 f"The baseline needs at least one sample of {n_features} features and a return each, "
@@ -232,6 +237,86 @@ class LinearBaseline(nn.Module):
         self.mean.copy_(th.as_tensor(merged.mean))
         self.scatter.copy_(th.as_tensor(merged.scatter[upper]))
         return merged
+
+
+class ActionFeatures(nn.Module):
+    """
+    Features of states and actions: both, and all their products, so that what an action is worth may depend on the state.
+
+    Discrete actions are one-hot vectors, several of them side by side. Continuous ones are clipped to the bounds of the action
+    space, as they are for the environment, scaled to [-1, 1], and have their squares beside them; where a bound is infinite,
+    they are not scaled.
+
+    :param in_features: number of state features n
+    :param action_space: action space, of m discrete actions or dimensions
+    :param squashed: whether the policy keeps continuous actions in [-1, 1] itself
+    """
+
+    low: th.Tensor
+    high: th.Tensor
+
+    def __init__(self, in_features: int, action_space: spaces.Space, squashed: bool = False):
+        super().__init__()
+        self.action_space = action_space
+        if isinstance(action_space, spaces.Box):
+            shape = (get_action_dim(action_space),)
+            bounds = (np.full(shape, -1.0), np.full(shape, 1.0)) if squashed else (action_space.low, action_space.high)
+            for name, bound in zip(("low", "high"), bounds, strict=True):
+                self.register_buffer(name, th.as_tensor(bound.astype(np.float64).flatten()))
+            n_numbers = 2 * shape[0]
+        else:
+            n_numbers = spaces.flatdim(action_space)
+        self.out_features = (1 + in_features) * (1 + n_numbers) - 1
+
+    def encode(self, actions: th.Tensor) -> th.Tensor:
+        """:return: (batch, n_numbers) float32, for (batch, action_dim) actions as the policy samples them"""
+        if not isinstance(self.action_space, spaces.Box):
+            numbers = preprocess_obs(actions.long().reshape(-1, *self.action_space.shape), self.action_space)  # type: ignore[misc]
+            assert isinstance(numbers, th.Tensor)
+            return numbers
+        scale = (self.high - self.low) / 2
+        is_scaled = th.isfinite(scale) & (scale > 0)
+        center = th.where(is_scaled, (self.high + self.low) / 2, 0.0)
+        clipped = th.minimum(th.maximum(actions.double(), self.low), self.high)
+        scaled = (clipped - center) / th.where(is_scaled, scale, 1.0)
+        return th.cat([scaled, scaled**2], dim=-1).float()
+
+    def forward(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """:return: (batch, out_features) for (batch, n) state features and (batch, action_dim) actions"""
+        numbers = self.encode(actions)
+        products = features[:, :, None] * numbers[:, None, :]
+        return th.cat([features, numbers, products.flatten(start_dim=1)], dim=-1)
+
+
+class ActionValues(nn.Module):
+    """
+    Least-squares regression of returns on features of states and actions, ``q(s, a)``; zero until the first fit.
+
+    :param in_features: number of state features n
+    :param action_space: action space
+    :param squashed: see :class:`ActionFeatures`
+    :param kwargs: of :class:`LinearBaseline`
+    """
+
+    def __init__(self, in_features: int, action_space: spaces.Space, squashed: bool = False, **kwargs: Any):
+        super().__init__()
+        self.features = ActionFeatures(in_features, action_space, squashed)
+        self.linear = LinearBaseline(self.features.out_features, **kwargs)
+
+    def project(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """:return: (batch, n_joint) what the values are linear in, see :meth:`ActionFeatures.forward`"""
+        # In blocks: before random projections, there may be many products
+        size = max(1, _NUMBERS // self.features.out_features)
+        blocks = zip(features.split(size), actions.split(size), strict=True)
+        return th.cat([self.linear.project(self.features(*block)) for block in blocks])
+
+    def predict(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """:return: (batch, 1) predicted returns, float64"""
+        return self.linear.predict(self.project(features, actions))
+
+    def fit(self, features: th.Tensor, actions: th.Tensor, returns: np.ndarray) -> None:
+        """Replace the weights by the fit to a batch, see :meth:`LinearBaseline.fit`."""
+        self.linear.fit(self.project(features, actions).cpu().numpy(), returns)
 
 
 def _moments(features: np.ndarray, returns: np.ndarray) -> Moments:

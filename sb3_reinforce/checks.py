@@ -7,7 +7,7 @@ import math
 import pathlib
 import zipfile
 import zlib
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from gymnasium import spaces
@@ -17,6 +17,7 @@ from stable_baselines3.common.save_util import open_path
 from sb3_reinforce.baselines import FEATURE_MAPS
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
 from sb3_reinforce.policies import MlpPolicy
+from sb3_reinforce.returns import AdvantageName
 
 #: What a model file says of itself, under the name ``file_format``. The number grows when older files cannot be loaded.
 FILE_FORMAT = "sb3_reinforce.REINFORCE 2"
@@ -66,6 +67,9 @@ def check_hyperparameters(model: Any) -> None:
     check("cg_max_steps", _is_count(model.cg_max_steps), "an integer of at least 1")
     check("cg_damping", _is_real(model.cg_damping) and model.cg_damping > 0, "finite and above 0")
     check("baseline", model.baseline is None or model.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
+    check("advantage", model.advantage in get_args(AdvantageName), f"one of {sorted(get_args(AdvantageName))}")
+    if model.baseline is None:
+        check("advantage", model.advantage == "monte_carlo", "'monte_carlo' with baseline=None: all others need a critic")
     check("baseline_memory", _is_real(model.baseline_memory, 0) and model.baseline_memory < 1, "in [0, 1)")
     allowed = {None: set(), "random_features": {"ridge", "n_units"}}.get(model.baseline, {"ridge"})
     check("baseline_kwargs", model.baseline_kwargs.keys() <= allowed, f"a dictionary of {sorted(allowed)} with this baseline")
@@ -165,7 +169,7 @@ def read_model_file(
             f"format is {saved.get('file_format')!r}, not {FILE_FORMAT!r}, its policy from {policy_class}. Load it with the "
             "class that saved it"
         )
-    for name in ("baseline", "baseline_memory", "baseline_kwargs", "normalize_observations"):
+    for name in ("advantage", "baseline", "baseline_memory", "baseline_kwargs", "normalize_observations"):
         if name in changes and changes[name] != saved.get(name):
             raise ValueError(
                 f"{name}={changes[name]!r} cannot be given to a model that was saved with {name}={saved.get(name)!r}: "

@@ -26,7 +26,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_reinforce.baselines import FEATURE_MAPS, LinearBaseline, NoBaseline
+from sb3_reinforce.baselines import FEATURE_MAPS, ActionValues, LinearBaseline, NoBaseline
 
 BaselineName = Literal["linear", "quadratic", "random_features"]
 
@@ -114,6 +114,7 @@ class MlpPolicy(ActorCriticPolicy):
         exploration may end before it has begun
     :param optimizer_kwargs: as in SB3, but Adam keeps PyTorch's ``eps=1e-8`` (SB3 sets 1e-5)
     :param baseline: see ``REINFORCE``, as the three parameters that follow
+    :param action_values: Whether there is a critic of action values beside the baseline
     """
 
     default_features_extractor: type[BaseFeaturesExtractor] = FlattenExtractor
@@ -132,6 +133,7 @@ class MlpPolicy(ActorCriticPolicy):
         baseline_memory: float = 0.6,
         baseline_kwargs: dict[str, Any] | None = None,
         normalize_observations: bool = True,
+        action_values: bool = False,
         **kwargs: Any,
     ):
         kwargs.setdefault("features_extractor_class", self.default_features_extractor)
@@ -141,6 +143,7 @@ class MlpPolicy(ActorCriticPolicy):
         self.baseline_memory = baseline_memory
         self.baseline_kwargs = baseline_kwargs or {}
         self.normalize_observations = normalize_observations
+        self.action_values = action_values
         super().__init__(
             observation_space,
             action_space,
@@ -174,7 +177,7 @@ class MlpPolicy(ActorCriticPolicy):
         if self.normalize_observations:
             self.observation_normalizer = ObservationNormalizer(self.observation_space)
         super()._build(lr_schedule)
-        install_baseline(self, self.baseline, self.baseline_memory, self.baseline_kwargs)
+        install_critics(self, self.baseline, self.baseline_memory, self.baseline_kwargs, self.action_values)
         if not self.ortho_init:
             for module in (self.mlp_extractor.policy_net, self.action_net):
                 module.apply(_init_glorot)
@@ -195,7 +198,8 @@ class MlpPolicy(ActorCriticPolicy):
         return super().predict_values(self._normalize(obs))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        names = ("baseline", "baseline_memory", "baseline_kwargs", "normalize_observations", "share_features_extractor")
+        own = ("baseline", "baseline_memory", "baseline_kwargs", "normalize_observations", "action_values")
+        names = (*own, "share_features_extractor")
         return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in names}}
 
 
@@ -218,13 +222,18 @@ def _init_glorot(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def install_baseline(
-    policy: ActorCriticPolicy, baseline: str | None, memory: float, kwargs: dict[str, Any] | None = None
+def install_critics(
+    policy: ActorCriticPolicy,
+    baseline: str | None,
+    memory: float,
+    kwargs: dict[str, Any] | None = None,
+    action_values: bool = False,
 ) -> None:
     """
     Put a closed-form linear baseline in the place of a policy's value layer. The arguments are those of ``REINFORCE``.
 
     :param policy: the policy; the critic branch of its ``mlp_extractor`` is the feature map
+    :param action_values: whether the policy also gets an ``action_value_net``, on the same features and the action
     """
     if baseline is None:
         policy.value_net = NoBaseline()  # type: ignore[assignment]
@@ -233,7 +242,12 @@ def install_baseline(
     learned = any(True for _ in policy.vf_features_extractor.parameters())
     _, ridge = FEATURE_MAPS["random_features" if learned else baseline]
     ridge = (kwargs or {}).get("ridge", ridge)
-    policy.value_net = LinearBaseline(policy.mlp_extractor.latent_dim_vf, ridge, memory, truncate=learned)  # type: ignore[assignment]
+    critic = LinearBaseline(policy.mlp_extractor.latent_dim_vf, ridge, memory, truncate=learned)
+    policy.value_net = critic  # type: ignore[assignment]
+    if action_values:
+        policy.action_value_net = ActionValues(
+            critic.n_features, policy.action_space, policy.squash_output, ridge=ridge, memory=memory, truncate=learned
+        )
 
 
 def overrides(policy: BasePolicy, *names: str) -> bool:
@@ -266,6 +280,12 @@ def baseline_features(policy: ActorCriticPolicy, obs: PyTorchObs, vf_features: A
         features: Any = policy.extract_features(obs)
         vf_features = features if policy.share_features_extractor else features[1]
     return policy.value_net.project(policy.mlp_extractor.forward_critic(vf_features))  # type: ignore[operator]
+
+
+def action_values_of(policy: BasePolicy) -> ActionValues | None:
+    """The critic of action values of a policy, None if it has none."""
+    critic = getattr(policy, "action_value_net", None)
+    return critic if isinstance(critic, ActionValues) else None
 
 
 def normalizer_of(policy: BasePolicy) -> ObservationNormalizer | None:

@@ -44,14 +44,15 @@ from sb3_reinforce.policies import (
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
+    action_values_of,
     baseline_features,
     chunk_size,
     evaluate,
-    install_baseline,
+    install_critics,
     normalizer_of,
     overrides,
 )
-from sb3_reinforce.returns import batch_normalize
+from sb3_reinforce.returns import AdvantageName, batch_normalize
 from sb3_reinforce.rollout import collect_episodes, environment_error, seed_next_episodes
 from sb3_reinforce.sampling import explain_nan
 from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, wrap_env
@@ -126,6 +127,11 @@ class REINFORCE(OnPolicyAlgorithm):
     :param max_episode_steps: Puts a ``TimeLimit`` of so many steps, at least 1, around the environment. Below its own limit,
         there are more episodes of the same steps where a policy may dawdle, as a lander that hovers does. None for no other
         limit than the environment's own; a ``VecEnv`` is made with its limits
+    :param advantage: What tells how good an action was. "monte_carlo", the return minus the baseline's value of the state, is
+        REINFORCE: unbiased, and noisy where returns are. The others are actor-critics, with less noise and the errors of a
+        critic: "q", the value of the action by a critic of (state, action) that is fitted to returns as the baseline is;
+        "advantage", that minus the baseline's value of the state; "td", the reward plus the discounted value of the next state
+        minus that of the state. They are there to compare; see :mod:`sb3_reinforce.returns` for formulas and sources
     :param baseline: What the state-value baseline is linear in: "linear" (the features), "quadratic" (and their squares),
         "random_features" (and fixed random tanh units of them), or None for no baseline. Richer ones reduce the variance of
         the gradient when returns are no linear function of the state. For policies that are no subclass of those here, the
@@ -178,6 +184,7 @@ class REINFORCE(OnPolicyAlgorithm):
         normalize_advantage: bool = True,
         n_episodes: int | None = None,
         max_episode_steps: int | None = None,
+        advantage: AdvantageName = "monte_carlo",
         baseline: BaselineName | None = "random_features",
         baseline_memory: float = 0.6,
         baseline_kwargs: dict[str, Any] | None = None,
@@ -220,6 +227,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.n_episodes = n_episodes
         self.max_episode_steps = max_episode_steps
+        self.advantage = advantage
         self.baseline = baseline
         self.baseline_memory = baseline_memory
         self.baseline_kwargs = baseline_kwargs or {}
@@ -269,11 +277,13 @@ class REINFORCE(OnPolicyAlgorithm):
             **self.rollout_buffer_kwargs,
         )
         is_own = issubclass(self.policy_class, MlpPolicy)
+        action_values = self.advantage in ("q", "advantage")
         own_kwargs: dict[str, Any] = dict(
             baseline=self.baseline,
             baseline_memory=self.baseline_memory,
             baseline_kwargs=self.baseline_kwargs,
             normalize_observations=self.normalize_observations,
+            action_values=action_values,
         )
         policy = self.policy_class(
             self.observation_space,
@@ -285,7 +295,7 @@ class REINFORCE(OnPolicyAlgorithm):
         )
         assert isinstance(policy, ActorCriticPolicy)
         if not is_own:
-            install_baseline(policy, self.baseline, self.baseline_memory, self.baseline_kwargs)
+            install_critics(policy, self.baseline, self.baseline_memory, self.baseline_kwargs, action_values)
         self.policy = policy.to(self.device)
         self._maybe_recommend_cpu("MlpPolicy")
 
@@ -321,10 +331,14 @@ class REINFORCE(OnPolicyAlgorithm):
         if not collect_episodes(self, callback, rollout_buffer, schedule, noise_seed, self.bootstrap_timeouts):
             return False
 
-        values = rollout_buffer.values
+        values, action_values, features = rollout_buffer.values, None, None
         if np.isnan(values).any():
-            values = self.policy.value_net.predict(self._baseline_features()).cpu().numpy().flatten()  # type: ignore[operator]
-        rollout_buffer.compute_returns_and_advantage(values)
+            features = self._baseline_features()
+            values = self.policy.value_net.predict(features).cpu().numpy().flatten()  # type: ignore[operator]
+        if (critic := action_values_of(self.policy)) is not None:
+            features = self._baseline_features() if features is None else features
+            action_values = critic.predict(features, self._actions()).cpu().numpy().flatten()
+        rollout_buffer.compute_returns_and_advantage(values, action_values, self.advantage)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -362,11 +376,13 @@ class REINFORCE(OnPolicyAlgorithm):
             else:
                 divergence, features = self._natural_step(old)
 
-            # The baseline, in features as they are from now on
+            # The critics, in features as they are from now on
             if (normalizer := normalizer_of(policy)) is not None:
                 normalizer.update(buffer.observations)
                 features = self._baseline_features()
             policy.value_net.fit(features.cpu().numpy(), buffer.returns)  # type: ignore[operator]
+            if (critic := action_values_of(policy)) is not None:
+                critic.fit(features, self._actions(), buffer.returns)
             self._n_updates += 1
             self._next_episode += int(buffer.episode_starts.sum())
         except BaseException:
@@ -382,10 +398,23 @@ class REINFORCE(OnPolicyAlgorithm):
         if divergence is not None:
             self.logger.record("train/kl_divergence_loss", divergence)
         self.logger.record("train/advantage_std", advantage_std)
-        self.logger.record("train/explained_variance", explained_variance(buffer.values, buffer.returns))
-        self.logger.record("train/value_loss", np.mean((buffer.returns - buffer.values) ** 2))
+        self._log_critics()
         if hasattr(policy, "log_std"):
             self.logger.record("train/std", th.exp(policy.log_std).mean().item())
+
+    def _log_critics(self) -> None:
+        """How well the critic that is used has predicted the returns, before it was fitted to them. One advantage uses two."""
+        buffer = self.rollout_buffer
+        predicted: dict[str, Any] = {"": buffer.action_values if self.advantage == "q" else buffer.values}
+        if self.advantage == "advantage":
+            predicted["action_"] = buffer.action_values
+        for kind, values in predicted.items():
+            self.logger.record(f"train/{kind}explained_variance", explained_variance(values, buffer.returns))
+            self.logger.record(f"train/{kind}value_loss", np.mean((buffer.returns - values) ** 2))
+
+    def _actions(self) -> th.Tensor:
+        """(n_transitions, action_dim) the actions of the batch, as they were sampled."""
+        return th.as_tensor(self.rollout_buffer.actions, device=self.device)
 
     def _batches(self) -> Generator[EpisodeBufferSamples, None, None]:
         """The transitions of the batch, as many at a time as the policy should be shown."""

@@ -3,9 +3,17 @@ Returns and advantages of whole episodes, as pure functions of NumPy arrays.
 
 A batch is a row of whole episodes, one behind the other: every array has one entry a transition, and ``episode_starts``
 marks the first transition of each episode. All sums are done in float64.
+
+The four advantage functions differ in what stands for the worth of an action. Only the first is REINFORCE, which learns from
+what did happen; the other three are actor-critics, which learn from what a critic expects. They trade the variance of returns
+for the errors of the critic (Sutton & Barto, 2018, chapter 13; Silver, 2015, lecture 7).
 """
 
+from typing import Literal
+
 import numpy as np
+
+AdvantageName = Literal["monte_carlo", "q", "advantage", "td"]
 
 
 def steps_to_episode_end(episode_starts: np.ndarray) -> np.ndarray:
@@ -48,6 +56,67 @@ def discounted_returns(rewards: np.ndarray, episode_starts: np.ndarray, gamma: f
         returns[:-span] += np.where(remaining[:-span] >= span, discount * returns[span:], 0.0)
         span, discount = 2 * span, discount * discount
     return returns
+
+
+def monte_carlo_advantages(returns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """
+    ``G_t - v(s_t)``: REINFORCE with a baseline (Williams, 1992; Sutton & Barto, 2018, section 13.4).
+
+    The policy gradient is unbiased whatever the values, as long as they do not depend on the actions of the batch. The better
+    they are, the smaller is its variance.
+
+    :param returns: (n_transitions,) discounted returns
+    :param values: (n_transitions,) state values, fitted to other batches
+    :return: (n_transitions,)
+    """
+    return returns - values
+
+
+def q_advantages(action_values: np.ndarray) -> np.ndarray:
+    """
+    ``q(s_t, a_t)``: the Q actor-critic (Sutton et al., 2000, "Policy gradient methods for reinforcement learning with function
+    approximation"; Silver, 2015, lecture 7).
+
+    No chance of later steps is in it, but all errors of the critic, and how much the values of states vary. It is also found
+    printed as ``q(s, a) - q(s, a, w)``: that is the error of the critic, whose mean is 0 for a good one, so that nothing would
+    be learned.
+
+    :param action_values: (n_transitions,) values of the actions taken, fitted to other batches
+    :return: (n_transitions,)
+    """
+    return action_values
+
+
+def action_advantages(action_values: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """
+    ``q(s_t, a_t) - v(s_t)``: the advantage actor-critic (Baird, 1993, "Advantage updating"; Sutton et al., 2000).
+
+    As :func:`q_advantages` without the variance of the values of states, which adds nothing to the mean of the gradient.
+
+    :param action_values: (n_transitions,) values of the actions taken, fitted to other batches
+    :param values: (n_transitions,) state values, fitted to other batches
+    :return: (n_transitions,)
+    """
+    return action_values - values
+
+
+def td_advantages(rewards: np.ndarray, episode_starts: np.ndarray, values: np.ndarray, gamma: float) -> np.ndarray:
+    """
+    ``r_t + gamma v(s_(t+1)) - v(s_t)``, where ``v`` is 0 after the last transition of an episode: the TD actor-critic (Witten,
+    1977; Sutton & Barto, 2018, section 13.5).
+
+    The chance of one step is in it, and what the values of two states that follow each other have wrong.
+
+    :param rewards: (n_transitions,) rewards of whole episodes; the last of one that has timed out may hold the value of what
+        would have followed
+    :param episode_starts: (n_transitions,) True at the first transition of each episode
+    :param values: (n_transitions,) state values, fitted to other batches
+    :param gamma: discount factor per step, in (0, 1]
+    :return: (n_transitions,)
+    """
+    is_last = np.append(episode_starts[1:], True)
+    next_values = np.where(is_last, 0.0, np.append(values[1:], 0.0))
+    return rewards + gamma * next_values - values
 
 
 def batch_normalize(advantages: np.ndarray, eps: float = 1e-8) -> np.ndarray:

@@ -197,6 +197,7 @@ def test_a_model_file_has_all_arguments_and_counters(tmp_path):
         rollout_buffer_class=OwnBuffer,
         normalize_advantage=False,
         max_episode_steps=100,
+        advantage="advantage",
         baseline="quadratic",
         baseline_memory=0.25,
         baseline_kwargs=dict(ridge=0.5),
