@@ -18,7 +18,7 @@ help:
 	@echo "make test     lint, types and the fast tests"
 	@echo "make test-lowest  the fast tests with the lowest versions that pyproject.toml admits, in an environment of its own"
 	@echo "make slow     the tests that train for minutes"
-	@echo "make article  five seeds of the article's recipe against the article's code (half an hour)"
+	@echo "make article  five seeds of the article's recipe against the article's code (a few minutes)"
 	@echo "make throughput  steps a second beside peers and the environment alone (ten minutes)"
 	@echo "make peers    an environment of its own for the peers that are not installed here"
 	@echo "make format   format the code and fix what the linter can fix"

@@ -5,7 +5,8 @@ The article's recipe on LunarLanderContinuous-v3, against a run of the article's
 
 trains one model a seed with ``zoo_configs/article.yml``, writes ``results/article/seed_K.json`` (one entry a batch: steps,
 seconds, mean return, episodes), skips the seeds that are there already, plots them all beside
-``reference/article_seed0.csv`` into ``docs/images/article.png``, and says in the README how they compare.
+``reference/article_seed0.csv`` into ``docs/images/article.png`` (return against steps and against seconds, and episodes in a
+batch against steps), and says in the README how they compare.
 """
 
 import argparse
@@ -13,18 +14,22 @@ import csv
 import json
 import time
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
-from benchmarks.common import IMAGES, REFERENCE, RESULTS, fill_readme, provenance, write_json
+from benchmarks.common import IMAGES, README, REFERENCE, RESULTS, fill, provenance, write_json
+from benchmarks.figures import iqm
 from benchmarks.learning import make_model
 
 ENV = "LunarLanderContinuous-v3"
 FOLDER = RESULTS / "article"
 FIGURE = IMAGES / "article.png"
 TIMESTEPS = 1_200_000
+#: Ticks of the axis of episodes
+EPISODES = (4, 8, 16, 32)
 
 
 class Batches(BaseCallback):
@@ -67,42 +72,54 @@ def smoothed(values: np.ndarray, window: int = 25) -> np.ndarray:
     return (sums[ends] - sums[begins]) / (ends - begins)
 
 
-def read_runs() -> list[tuple[np.ndarray, np.ndarray]]:
-    """Steps and mean return of each batch up to ``TIMESTEPS``: of the reference, then of each seed."""
+def read_runs() -> list[dict[str, np.ndarray]]:
+    """What is known of each batch up to ``TIMESTEPS``, by name: of the reference, then of each seed."""
     with open(REFERENCE / "article_seed0.csv") as file:
-        runs = [[(float(row["steps"]), float(row["mean_return"])) for row in csv.DictReader(file)]]
-    for path in sorted(FOLDER.glob("seed_*.json")):
-        runs.append([(row["steps"], row["mean_return"]) for row in json.loads(path.read_text())["batches"]])
-    arrays = [np.array(run).T for run in runs]
-    return [(steps[steps <= TIMESTEPS], returns[steps <= TIMESTEPS]) for steps, returns in arrays]
+        runs: list[Any] = [list(csv.DictReader(file))]
+    runs += [json.loads(path.read_text())["batches"] for path in sorted(FOLDER.glob("seed_*.json"))]
+    return [
+        {name: np.array([float(row[name]) for row in run if float(row["steps"]) <= TIMESTEPS]) for name in run[0]}
+        for run in runs
+    ]
 
 
-def plot(runs: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def plot(runs: list[dict[str, np.ndarray]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    for steps, returns in runs[1:]:
-        axes.plot(steps, smoothed(returns), color="tab:blue", alpha=0.7)
-    axes.lines[0].set_label(f"sb3-reinforce, {len(runs) - 1} seeds")
-    axes.plot(runs[0][0], smoothed(runs[0][1]), color="black", label="the article's own code, one seed")
-    axes.axhline(200, color="gray", linestyle=":", label="solved")
-    axes.set(xlabel="steps", ylabel="return, mean of 25 batches", title=f"The article's recipe on {ENV}", xlim=(0, TIMESTEPS))
-    axes.legend()
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    shown = (("steps", "mean_return"), ("seconds", "mean_return"), ("steps", "episodes"))
+    for axes, (x, y) in zip(panels, shown, strict=True):
+        for run in runs[1:]:
+            axes.plot(run[x], smoothed(run[y]), color="tab:blue", alpha=0.7)
+        axes.lines[0].set_label(f"sb3-reinforce, {len(runs) - 1} seeds")
+        axes.plot(runs[0][x], smoothed(runs[0][y]), color="black", label="the article's own code, one seed")
+        axes.set(xlabel=x, ylabel="return, mean of 25 batches")
+    for axes in panels[:2]:
+        axes.axhline(200, color="gray", linestyle=":", label="solved")
+    figure.suptitle(f"The article's recipe on {ENV}")
+    panels[1].set(xscale="log", xlim=(1, None))
+    panels[2].set(ylabel="episodes in a batch, mean of 25 batches", yscale="log", yticks=EPISODES, yticklabels=EPISODES)
+    panels[2].minorticks_off()
+    panels[0].legend()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=100)
 
 
-def comparison(runs: list[tuple[np.ndarray, np.ndarray]]) -> str:
-    """One sentence on how the seeds compare with the reference."""
-    (last, best), *seeds = [(returns[-100:].mean(), returns.max()) for _, returns in runs]
-    lasts, bests = zip(*seeds, strict=True)
+def comparison(runs: list[dict[str, np.ndarray]]) -> str:
+    """How the seeds compare with the reference."""
+    (last, best, seconds), *seeds = [
+        (run["mean_return"][-100:].mean(), run["mean_return"].max(), run["seconds"][-1]) for run in runs
+    ]
+    lasts, bests, times = (np.array(values) for values in zip(*seeds, strict=True))
     return (
         f"Over the last 100 batches before {TIMESTEPS / 1e6:g} million steps, our seeds return "
-        f"{', '.join(f'{value:.0f}' for value in lasts)} and the article's code {last:.0f}; the best single batch is "
-        f"{min(bests):.0f} to {max(bests):.0f} against {best:.0f}."
+        f"{', '.join(f'{value:.0f}' for value in lasts)} (interquartile mean {iqm(lasts):.0f}) and the article's one seed "
+        f"{last:.0f}: {np.sum(lasts < last)} of our {len(lasts)} return less. The best single batch is {bests.min():.0f} to "
+        f"{bests.max():.0f} against {best:.0f}. So many steps took our code {times.min():.0f} to {times.max():.0f} seconds, "
+        f"the article's {seconds:.0f}."
     )
 
 
@@ -117,7 +134,7 @@ def main() -> None:
         pool.starmap(run, [(seed, arguments.timesteps) for seed in missing], chunksize=1)
     runs = read_runs()
     plot(runs)
-    fill_readme("article", comparison(runs))
+    fill(README, "article", comparison(runs))
     print(f"{comparison(runs)}\nWrote {FIGURE}")
 
 

@@ -1,4 +1,4 @@
-"""What the scripts in this folder share: where results go, what is noted beside them, and how the README gets them."""
+"""What the scripts in this folder share: where results go, what is noted beside them, and how the pages get them."""
 
 import json
 import platform
@@ -11,6 +11,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = Path(__file__).parent / "reference"
 README = Path(__file__).parent.parent / "README.md"
+ADVANTAGES = Path(__file__).parent.parent / "docs" / "advantages.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
@@ -33,17 +34,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def fill_readme(block: str, text: str) -> None:
+def fill(path: Path, block: str, text: str) -> None:
     """
-    Replace what stands in the README between ``<!-- block -->`` and ``<!-- /block -->``.
+    Replace what stands in a Markdown file between ``<!-- block -->`` and ``<!-- /block -->``.
 
+    :param path: the file
     :param block: name of the block
     :param text: Markdown
-    :raises ValueError: if the README has no such block
+    :raises ValueError: if the file has no such block
     """
     begin, end = f"<!-- {block} -->", f"<!-- /{block} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    readme = README.read_text(encoding="utf-8")
-    if not pattern.search(readme):
-        raise ValueError(f"{README} has no block {begin} ... {end} to fill")
-    README.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", readme), encoding="utf-8")
+    content = path.read_text(encoding="utf-8")
+    if not pattern.search(content):
+        raise ValueError(f"{path} has no block {begin} ... {end} to fill")
+    path.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", content), encoding="utf-8")

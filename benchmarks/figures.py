@@ -1,5 +1,5 @@
 """
-The learning curves, the table of final returns and the README's headline, from what `benchmarks.learning` has written.
+The learning curves, the tables of final returns and the README's headline, from what `benchmarks.learning` has written.
 
     python -m benchmarks.figures
 
@@ -10,18 +10,22 @@ environment their stratified bootstrap is the ordinary one).
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from scipy import stats
 
-from benchmarks.common import IMAGES, fill_readme
+from benchmarks.common import ADVANTAGES, IMAGES, README, fill
 from benchmarks.learning import FOLDER
+from sb3_reinforce.returns import AdvantageName
 
 LANDER = "LunarLanderContinuous-v3"
 SOLVED = 200.0
 #: What the curves show, in which color
 COLORS = {"reinforce": "tab:blue", "defaults": "tab:cyan", "race-trpo": "tab:red", "race-ppo": "tab:orange"}
+#: The folders of the four advantage functions begin with this
+ADVANTAGE = "advantage-"
+ADVANTAGE_COLORS = dict(zip(get_args(AdvantageName), ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
 
 
 def read(env_id: str, name: str) -> list[dict[str, Any]]:
@@ -48,6 +52,18 @@ def solved_at(run: dict[str, Any], what: str) -> float:
     return min((point[what] for point in run["evaluations"] if point["mean_return"] >= SOLVED), default=np.inf)
 
 
+def finals(env_id: str, name: str) -> np.ndarray:
+    """The final return of each finished run."""
+    return np.array([np.mean(run["final_returns"]) for run in read(env_id, name) if run["final_returns"]])
+
+
+def cells(returns: np.ndarray) -> str:
+    """The columns of final returns: IQM, worst and best."""
+    # One seed has no interval
+    span = "" if len(returns) < 2 else " [{:.1f}, {:.1f}]".format(*interval(returns))
+    return f"{iqm(returns):.1f}{span} | {returns.min():.1f}, {returns.max():.1f}"
+
+
 def table() -> str:
     """One row for each environment and algorithm with finished runs."""
     lines = [
@@ -56,23 +72,52 @@ def table() -> str:
     ]
     for folder in sorted(FOLDER.glob("*/*")):
         runs = [run for run in read(folder.parent.name, folder.name) if run["final_returns"]]
-        # The race is to the first pass
-        if not runs or folder.name.startswith("race-"):
+        # The race is to the first pass, and the advantage functions have a page of their own
+        if not runs or folder.name.startswith(("race-", ADVANTAGE)):
             continue
-        returns = np.array([np.mean(run["final_returns"]) for run in runs])
-        # One seed has no interval
-        span = "" if len(returns) < 2 else " [{:.1f}, {:.1f}]".format(*interval(returns))
         steps = np.median([run["timesteps"] for run in runs])
         seconds = np.median([run["seconds"] for run in runs])
         lines.append(
             f"| {folder.parent.name} | {folder.name} | {len(runs)} | {steps / 1e6:.2g} M "
-            f"| {iqm(returns):.1f}{span} | {returns.min():.1f}, {returns.max():.1f} | {seconds:.0f} |"
+            f"| {cells(finals(folder.parent.name, folder.name))} | {seconds:.0f} |"
         )
     return "\n".join(lines)
 
 
+def advantage_table() -> str:
+    """One row for each environment and advantage function."""
+    lines = [
+        "| environment | `advantage` | seeds | return: IQM [95 % interval] | worst and best seed |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for env_id in advantage_envs():
+        for name in ADVANTAGE_COLORS:
+            returns = finals(env_id, ADVANTAGE + name)
+            if len(returns):
+                lines.append(f"| {env_id} | {name} | {len(returns)} | {cells(returns)} |")
+    return "\n".join(lines)
+
+
+def advantage_envs() -> list[str]:
+    """The environments on which the advantage functions have been compared, the lander first."""
+    return sorted({path.parent.name for path in FOLDER.glob(f"*/{ADVANTAGE}*")}, reverse=True)
+
+
+def band(axes: Any, runs: list[dict[str, Any]], what: str, color: str, label: str) -> None:
+    """Median and interquartile band over runs of the evaluations, against steps or seconds."""
+    # Runs that stopped at their aim are shown as far as all of a kind go
+    end = min(run["evaluations"][-1][what] for run in runs)
+    grid = np.linspace(0, end, 60)[1:]
+    returns = [
+        np.interp(grid, [p[what] for p in run["evaluations"]], [p["mean_return"] for p in run["evaluations"]]) for run in runs
+    ]
+    low, middle, high = np.percentile(returns, [25, 50, 75], axis=0)
+    axes.plot(grid, middle, color=color, label=f"{label}, {len(runs)} seeds")
+    axes.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
+
+
 def curves(env_id: str, path: Path) -> None:
-    """Median and interquartile band over seeds of the evaluations, against steps and against seconds, where there are any."""
+    """The evaluations against steps and against seconds, where there are any."""
     runs_of = {name: read(env_id, name) for name in COLORS}
     # One evaluation makes no curve
     runs_of = {name: [run for run in runs if len(run["evaluations"]) > 1] for name, runs in runs_of.items()}
@@ -85,26 +130,36 @@ def curves(env_id: str, path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, constrained_layout=True)
     for name, runs in runs_of.items():
-        if not runs:
-            continue
         for axes, what in zip(panels, ("steps", "seconds"), strict=True):
-            # Runs that stopped at their aim are shown as far as all of a kind go
-            end = min(run["evaluations"][-1][what] for run in runs)
-            grid = np.linspace(0, end, 60)[1:]
-            returns = [
-                np.interp(grid, [p[what] for p in run["evaluations"]], [p["mean_return"] for p in run["evaluations"]])
-                for run in runs
-            ]
-            low, middle, high = np.percentile(returns, [25, 50, 75], axis=0)
-            color = COLORS[name]
-            axes.plot(grid, middle, color=color, label=f"{name.removeprefix('race-')}, {len(runs)} seeds")
-            axes.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
+            if runs:
+                band(axes, runs, what, COLORS[name], name.removeprefix("race-"))
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
     panels[1].set(xlabel="seconds of training, one core", xscale="log")
     for axes in panels:
         if env_id == LANDER:
             axes.axhline(SOLVED, color="gray", linestyle=":")
     panels[0].legend()
+    figure.savefig(path, dpi=100)
+
+
+def advantage_curves(path: Path) -> None:
+    """The evaluations of the four advantage functions against steps, a panel for each environment."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    env_ids = advantage_envs()
+    figure, panels = plt.subplots(1, len(env_ids), figsize=(5 * len(env_ids), 3.8), squeeze=False, constrained_layout=True)
+    for axes, env_id in zip(panels[0], env_ids, strict=True):
+        for name, color in ADVANTAGE_COLORS.items():
+            if runs := read(env_id, ADVANTAGE + name):
+                band(axes, runs, "steps", color, name)
+        axes.set(xlabel="steps", title=env_id)
+        if env_id == LANDER:
+            axes.axhline(SOLVED, color="gray", linestyle=":")
+    panels[0, 0].set_ylabel("return of the deterministic policy")
+    panels[0, -1].legend()
     figure.savefig(path, dpi=100)
 
 
@@ -121,7 +176,7 @@ def headline() -> str:
         runs = [run for run in read(LANDER, name) if run["final_returns"]]
         if not runs:
             continue
-        returns = np.array([np.mean(run["final_returns"]) for run in runs])
+        returns = finals(LANDER, name)
         low, high = interval(returns)
         steps = np.median([run["timesteps"] for run in runs])
         lines.append(
@@ -158,9 +213,13 @@ def headline() -> str:
 def main() -> None:
     for folder in sorted(FOLDER.iterdir()):
         curves(folder.name, IMAGES / f"learning_{folder.name}.png")
-    fill_readme("learning", table())
-    fill_readme("headline", headline())
+    fill(README, "learning", table())
+    fill(README, "headline", headline())
     print(f"{table()}\n\n{headline()}")
+    if advantage_envs():
+        advantage_curves(IMAGES / "advantages.png")
+        fill(ADVANTAGES, "advantages", advantage_table())
+        print(f"\n{advantage_table()}")
 
 
 if __name__ == "__main__":

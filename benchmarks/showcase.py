@@ -12,7 +12,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 
-from benchmarks.common import IMAGES, fill_readme
+from benchmarks.common import IMAGES, README, fill
 
 
 def to_gif(video: Path, gif: Path) -> None:
@@ -29,7 +29,8 @@ def main() -> None:
     shutil.copyfile(folder / "learning_curve.png", IMAGES / "train.png")
     to_gif(folder / "landing.mp4", IMAGES / "landing.gif")
     returns, seconds = np.array(result["returns"]), result["seconds"]
-    fill_readme(
+    fill(
+        README,
         "train",
         f"Seed {result['seed']} of `make train` took {result['steps']:,} steps and {seconds:.0f} seconds on one core. "
         f"Its deterministic policy returns {returns.mean():.0f} ± {returns.std():.0f} (mean and standard deviation "

@@ -30,7 +30,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from benchmarks.common import IMAGES, RESULTS, fill_readme, provenance, write_json
+from benchmarks.common import IMAGES, README, RESULTS, fill, provenance, write_json
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.baselines import LinearBaseline
 from sb3_reinforce.returns import batch_normalize, discounted_returns
@@ -333,7 +333,7 @@ def main() -> None:
     )
     write_json(RESULTS / "throughput.json", result)
     plot(result)
-    fill_readme("throughput", table(result))
+    fill(README, "throughput", table(result))
     for case, group_rates in rates.items():
         for name, rate in medians(group_rates).items():
             print(f"{case:35} {name:30} {rate:10,.0f} steps/s")

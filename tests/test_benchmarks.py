@@ -3,16 +3,19 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from scipy import stats
 from stable_baselines3 import A2C
 
-from benchmarks import common, figures, learning, step_time, throughput
+from benchmarks import article, common, figures, learning, step_time, throughput, variance
 from sb3_reinforce import REINFORCE
+from sb3_reinforce.baselines import ActionValues, LinearBaseline
 from tests.envs import ScriptedEnv
 
 
@@ -21,8 +24,9 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(learning, "FOLDER", tmp_path / "learning")
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "learning")
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
-    monkeypatch.setattr(common, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text("<!-- headline --><!-- /headline --><!-- learning --><!-- /learning -->")
+    for name, blocks in (("README", ("headline", "learning")), ("ADVANTAGES", ("advantages",))):
+        monkeypatch.setattr(figures, name, tmp_path / name)
+        (tmp_path / name).write_text("\n".join(f"<!-- {block} --><!-- /{block} -->" for block in blocks))
     return tmp_path
 
 
@@ -115,7 +119,7 @@ def test_figures_are_those_of_the_runs(results: Path):
     fake_run("race-ppo", 0, 250, 900_000)
     fake_run("race-ppo", 1, 250, 700_000)
     figures.main()
-    readme = (results / "README.md").read_text()
+    readme = (results / "README").read_text()
     assert "After 1.0 million steps, 7 of 8 seeds return 200 or more: IQM 235 " in readme
     assert "worst 100 " in readme
     assert "after 450,000 steps, nine of ten within 800,000" in readme
@@ -124,6 +128,46 @@ def test_figures_are_those_of_the_runs(results: Path):
     assert "REINFORCE 4.0 seconds and 400,000 steps (1 seeds); PPO 8.0 seconds and 800,000 steps (2 seeds, 2.0 times" in readme
     assert f"| {figures.LANDER} | reinforce | 8 | 1 M | 235.0 [" in readme
     assert (results / f"learning_{figures.LANDER}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_advantage_functions_have_a_page_of_their_own(results: Path):
+    fake_run("reinforce", 0, 250, 400_000)
+    for seed in range(4):
+        fake_run("advantage-monte_carlo", seed, 260 + seed, 300_000)
+    fake_run("advantage-td", 0, -50, 2_000_000)
+    figures.main()
+    rows = (results / "ADVANTAGES").read_text().splitlines()
+    assert rows[3].startswith(f"| {figures.LANDER} | monte_carlo | 4 | 261.5 [") and rows[3].endswith("| 260.0, 263.0 |")
+    assert rows[4] == f"| {figures.LANDER} | td | 1 | -50.0 | -50.0, -50.0 |"
+    assert (results / "advantages.png").read_bytes().startswith(b"\x89PNG")
+    assert "advantage" not in (results / "README").read_text()
+
+
+def test_a_block_is_filled_and_a_missing_one_is_an_error(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text("before <!-- a -->old<!-- /a --> <!-- b -->kept<!-- /b -->")
+    common.fill(page, "a", r"new \1")
+    assert page.read_text() == "before <!-- a -->\nnew \\1\n<!-- /a --> <!-- b -->kept<!-- /b -->"
+    with pytest.raises(ValueError, match=r"page\.md has no block <!-- c -->"):
+        common.fill(page, "c", "")
+
+
+def test_the_article_is_compared_up_to_the_same_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    names = ("steps", "seconds", "mean_return", "episodes")
+    (tmp_path / "article_seed0.csv").write_text(
+        ",".join(names) + "\n1000,1.5,50.0,4\n" + f"{article.TIMESTEPS},9,70.0,4\n{article.TIMESTEPS + 1},10,200,4\n"
+    )
+    for seed, mean in enumerate((40.0, 64.0)):
+        rows = [dict(zip(names, (article.TIMESTEPS * part, 2 * part, mean * part, 4), strict=True)) for part in (1, 2)]
+        common.write_json(tmp_path / f"seed_{seed}.json", dict(batches=rows))
+    for name, path in (("REFERENCE", tmp_path), ("FOLDER", tmp_path), ("FIGURE", tmp_path / "article.png")):
+        monkeypatch.setattr(article, name, path)
+    runs = article.read_runs()
+    article.plot(runs)
+    assert (tmp_path / "article.png").read_bytes().startswith(b"\x89PNG")
+    text = article.comparison(runs)
+    assert "our seeds return 40, 64 (interquartile mean 52) and the article's one seed 60: 1 of our 2 return less." in text
+    assert "40 to 64 against 70" in text and "2 to 2 seconds, the article's 9." in text
 
 
 def test_interval_covers_the_true_value_as_often_as_it_says():
@@ -188,3 +232,155 @@ def test_the_table_has_the_ratios_of_the_medians():
         "normal equations | at most 1.5 | 1.5 |",
     ):
         assert row in text
+
+
+@pytest.fixture
+def gradients() -> np.ndarray:
+    """30 made-up gradients of 4 parameters."""
+    return np.random.default_rng(0).normal([1.0, 0, 0, 0], 0.5, size=(30, 4))
+
+
+def test_moments_are_those_of_the_gradients(gradients: np.ndarray):
+    n = len(gradients)
+    (squared_mean,), (trace,) = variance.moments(gradients @ gradients.T, np.ones((1, n)))
+    assert trace == pytest.approx(np.trace(np.cov(gradients.T)))
+    assert squared_mean == pytest.approx(np.sum(gradients.mean(axis=0) ** 2) - trace / n)
+
+
+def test_a_resample_pairs_no_batch_with_itself(gradients: np.ndarray):
+    counts = variance.resamples(len(gradients), n_resamples=3)
+    assert (counts[0] == 1).all() and (counts.sum(axis=1) == len(gradients)).all()
+    squared_means, traces = variance.moments(gradients @ gradients.T, counts)
+    for count, squared_mean, trace in zip(counts, squared_means, traces, strict=True):
+        drawn = np.repeat(np.arange(len(gradients)), count.astype(int))
+        pairs = [(gradients[i], gradients[j]) for i in drawn for j in drawn if i != j]
+        assert squared_mean == pytest.approx(np.mean([one @ other for one, other in pairs]))
+        assert trace == pytest.approx(np.mean([np.sum((one - other) ** 2) / 2 for one, other in pairs]))
+
+
+def test_the_figures_of_variants_with_known_moments():
+    """The same noise, halved, and a mean turned by 60 degrees. Fixed seed."""
+    n, size = 500, 5
+    noise = np.random.default_rng(0).normal(0, 1, size=(n, size))
+    mean, turned = np.zeros((2, size))
+    mean[0], turned[:2] = 1, (0.5, 0.75**0.5)
+    none, other = variance.NO_BASELINE, variance.Variant("td", "linear", "old")
+    lost = variance.Variant("q", "linear", "old")
+    samples = {none: mean + noise, lost: noise, other: turned + noise / 4, variance.REFERENCE: mean + noise / 2}
+    rows = {variance.Variant(*(row[name] for name in variance.Variant._fields)): row for row in variance.summary(samples)}
+    # Resampling is paired: a ratio that is the same for all batches has no interval
+    assert rows[variance.REFERENCE]["relative_variance"] == [0.25] * 3 and rows[none]["relative_variance"] == [1] * 3
+    assert rows[none]["variance"] == pytest.approx(size, rel=0.1)
+    for variant, snr in ((none, 1 / 5), (variance.REFERENCE, 4 / 5), (other, 16 / 5)):
+        value, low, high = rows[variant]["snr"]
+        assert low < value < high and low < snr < high
+    value, low, high = rows[other]["cosine"]
+    assert low < value < high < low + 0.2 and value == pytest.approx(0.5, abs=0.05)
+    assert rows[variance.REFERENCE]["cosine"] is None and rows[lost]["cosine"] is None
+
+
+def test_an_interval_covers_the_true_value_as_often_as_it_says():
+    """200 experiments of 40 batches whose signal-to-noise ratio is 0.25; fixed seed."""
+    rng = np.random.default_rng(2)
+    counts = variance.resamples(40, n_resamples=400)
+    covered = 0
+    for _ in range(200):
+        gradient = rng.normal([1.0, 0, 0, 0], 1, size=(40, 4))
+        squared_mean, trace = variance.moments(gradient @ gradient.T, counts)
+        _, low, high = variance.estimate(squared_mean / trace)
+        covered += low <= 0.25 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def made_up_batch(seed: int, returns: np.ndarray | None = None) -> Any:
+    """Two episodes of 30 steps of two state features and three actions."""
+    rng = np.random.default_rng(seed)
+    n = 60
+    return SimpleNamespace(
+        features=th.as_tensor(rng.normal(size=(n, 2)), dtype=th.float32),
+        actions=rng.integers(3, size=(n, 1)),
+        rewards=rng.normal(size=n),
+        returns=rng.normal(size=n) if returns is None else returns,
+        episode_starts=np.arange(n) % 30 == 0,
+        gamma=0.9,
+        size=lambda: n,
+    )
+
+
+def test_an_old_critic_has_not_seen_the_batch_and_a_fresh_one_has():
+    first, second = made_up_batch(0), made_up_batch(1)
+    other = made_up_batch(1, returns=2 * second.returns + 1)
+    judged = []
+    for latest in (second, other):
+        critics = [variance.Critics(name, 2, spaces.Discrete(3)) for name in ("mean", "linear")]
+        critics.append(variance.Critics("linear", 2, spaces.Discrete(3), memory=0.5))
+        variance.all_advantages(first, critics, first.features)
+        judged.append(variance.all_advantages(latest, critics, latest.features))
+    one, two = judged
+    assert len(one) == 1 + 2 + 3 * 4
+    for advantage in ("q", "advantage", "td"):
+        old, fresh, memory = (variance.Variant(advantage, "linear", fitted) for fitted in ("old", "fresh", "memory"))
+        for variant in (old, memory):
+            np.testing.assert_array_equal(one[variant], two[variant])
+        assert np.abs(one[fresh] - two[fresh]).max() > 0.1
+    # They are those of the package
+    baseline, action_values = LinearBaseline(2), ActionValues(2, spaces.Discrete(3))
+    for batch, fitted in ((first, "old"), (second, "fresh")):
+        baseline.fit(batch.features.numpy(), batch.returns)
+        action_values.fit(batch.features, th.as_tensor(batch.actions), batch.returns)
+        values = baseline.predict(second.features).numpy().flatten()
+        np.testing.assert_allclose(one["monte_carlo", "linear", fitted], second.returns - values)
+        expected = action_values.predict(second.features, th.as_tensor(second.actions)).numpy().flatten()
+        np.testing.assert_allclose(one["q", "linear", fitted], expected)
+        np.testing.assert_allclose(one["advantage", "linear", fitted], expected - values)
+        np.testing.assert_allclose(one["monte_carlo", "mean", fitted], second.returns - batch.returns.mean())
+    np.testing.assert_array_equal(one[variance.NO_BASELINE], second.returns)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_the_gradient_is_a_sum_over_transitions_and_a_mean_over_episodes(env_id: str):
+    model = REINFORCE("MlpPolicy", env_id, n_episodes=2, max_episode_steps=20, seed=0, policy_kwargs=dict(net_arch=[3]))
+    model.learn(1)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    seen = []
+    for buffer in variance.batches(model, 2):
+        seen.append(buffer.rewards.copy())
+        weights = np.random.default_rng(0).normal(size=(2, buffer.size()))
+        found = variance.gradients(model, list(weights))
+        expected = np.zeros_like(found)
+        observations, actions, *_ = next(buffer.get())
+        for t in range(buffer.size()):
+            action = actions[t : t + 1].flatten() if env_id == "CartPole-v1" else actions[t : t + 1]
+            log_prob = model.policy.get_distribution(observations[t : t + 1]).log_prob(action)
+            score = th.cat([part.flatten() for part in th.autograd.grad(log_prob.sum(), model.policy.parameters())])
+            expected += weights[:, t, None] * score.numpy() / 2
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    # The policy is frozen, and goes through other episodes
+    assert all(th.equal(one, other) for one, other in zip(before, model.policy.parameters(), strict=True))
+    assert len(seen[0]) != len(seen[1]) or not np.array_equal(*seen)
+
+
+def test_variance_is_measured_once_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(variance, "TARGETS", {"CartPole-v1": 10.0})
+    for name, path in (("RESULT", "variance.json"), ("ADVANTAGES", "page.md"), ("IMAGES", "")):
+        monkeypatch.setattr(variance, name, tmp_path / path)
+    (tmp_path / "page.md").write_text("<!-- variance --><!-- /variance -->")
+    monkeypatch.setattr(sys, "argv", ["variance", "--batches", "6"])
+    variance.main()
+    result = json.loads((tmp_path / "variance.json").read_text())["CartPole-v1"]
+    assert (result["batches"], result["episodes"], result["seed"]) == (6, 30, 0)
+    # A reward of 1 a step
+    assert result["mean_return"] == pytest.approx(result["transitions"] / 30, abs=0.01)
+    assert result["training_steps"] > 0 and "command" in result and "torch" in result["versions"]
+    assert len(result["variants"]) == 1 + 4 * 2 + 3 * 3 * 2 + 4
+    assert result["explained_variance"]["monte_carlo mean fresh"] == pytest.approx(0, abs=1e-6)
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("\n| monte_carlo |") == 10 and page.count("\n| td |") == 7
+    assert "| monte_carlo | none |  | 1 |" in page
+    assert (tmp_path / "variance.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "variance.png").unlink()
+    monkeypatch.setattr(variance, "measure", None)
+    for arguments in ([], ["--figures"]):
+        monkeypatch.setattr(sys, "argv", ["variance", *arguments])
+        variance.main()
+    assert (tmp_path / "page.md").read_text() == page and (tmp_path / "variance.png").exists()
