@@ -266,7 +266,8 @@ class ActionFeatures(nn.Module):
             n_numbers = 2 * shape[0]
         else:
             n_numbers = spaces.flatdim(action_space)
-        self.out_features = (1 + in_features) * (1 + n_numbers) - 1
+        # SB3's number of features may be one of NumPy's
+        self.out_features = int((1 + in_features) * (1 + n_numbers) - 1)
 
     def encode(self, actions: th.Tensor) -> th.Tensor:
         """:return: (batch, n_numbers) float32, for (batch, action_dim) actions as the policy samples them"""

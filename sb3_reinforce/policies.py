@@ -177,10 +177,11 @@ class MlpPolicy(ActorCriticPolicy):
         if self.normalize_observations:
             self.observation_normalizer = ObservationNormalizer(self.observation_space)
         super()._build(lr_schedule)
-        install_critics(self, self.baseline, self.baseline_memory, self.baseline_kwargs, self.action_values)
         if not self.ortho_init:
             for module in (self.mlp_extractor.policy_net, self.action_net):
                 module.apply(_init_glorot)
+        # Last, so that their random projections do not change what the actor begins with
+        install_critics(self, self.baseline, self.baseline_memory, self.baseline_kwargs, self.action_values)
         # SB3's optimizer also holds the parameters of the value layer that the baseline has replaced
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 

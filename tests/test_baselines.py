@@ -1,16 +1,22 @@
-"""The closed-form baseline, against scikit-learn and plain NumPy."""
+"""The closed-form critics of states and of actions, against scikit-learn and plain NumPy."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from sb3_reinforce import baselines
 from sb3_reinforce.baselines import (
     MAX_FEATURES,
+    ActionFeatures,
+    ActionValues,
     LinearBaseline,
     NoBaseline,
     QuadraticFeatures,
@@ -18,6 +24,7 @@ from sb3_reinforce.baselines import (
     RandomProjection,
 )
 
+BOX = spaces.Box(-1, 1, (2,))
 shapes = st.tuples(st.integers(1, 60), st.integers(1, 12))
 seeds = st.integers(0, 2**32 - 1)
 
@@ -173,7 +180,8 @@ def test_bad_samples_are_refused_and_change_nothing(features: np.ndarray, return
 
 def test_nothing_is_a_parameter():
     wide = LinearBaseline(MAX_FEATURES + 1, memory=0.5, truncate=True)
-    for module in (wide, QuadraticFeatures(3), RandomFeatures(3), RandomProjection(3, 2), NoBaseline()):
+    of_actions = ActionFeatures(3, BOX), ActionValues(MAX_FEATURES, BOX, memory=0.5, truncate=True)
+    for module in (wide, QuadraticFeatures(3), RandomFeatures(3), RandomProjection(3, 2), NoBaseline(), *of_actions):
         assert not list(module.parameters())
 
 
@@ -310,3 +318,339 @@ def test_projected_features_explain_their_share_of_returns_that_are_linear_in_al
     unexplained = np.var(returns - predict(baseline, features)) / np.var(returns)
     # Of 600 directions, 384 random ones are kept but for those outputs that no feature goes to
     assert 1 - MAX_FEATURES / n_features < unexplained < 0.7
+
+
+# Features of actions ---------------------------------------------------------------------------------------------------------
+
+
+def encoded(action: Any, space: spaces.Space, squashed: bool = False) -> list[float]:
+    """The numbers that stand for one action, in plain Python."""
+    if isinstance(space, spaces.Discrete):
+        return [float(action == choice) for choice in range(int(space.n))]
+    if isinstance(space, spaces.MultiDiscrete):
+        return [float(one == choice) for one, n in zip(action, space.nvec, strict=True) for choice in range(n)]
+    if isinstance(space, spaces.MultiBinary):
+        return [float(bit) for bit in action]
+    assert isinstance(space, spaces.Box)
+    numbers = []
+    for number, low, high in zip(np.ravel(action).tolist(), *bounds(space, squashed), strict=True):
+        number = min(max(number, low), high)
+        if -np.inf < low < high < np.inf:
+            number = (number - (low + high) / 2) / ((high - low) / 2)
+        numbers.append(number)
+    return [*numbers, *(number**2 for number in numbers)]
+
+
+def bounds(space: spaces.Box, squashed: bool = False) -> tuple[list[float], list[float]]:
+    low, high = space.low.ravel().tolist(), space.high.ravel().tolist()
+    return ([-1.0] * len(low), [1.0] * len(high)) if squashed else (low, high)
+
+
+def joint_features(states: np.ndarray, actions: Any, space: spaces.Space, squashed: bool = False) -> np.ndarray:
+    """States, actions, and the product of every number of the one with every number of the other, in plain Python."""
+    rows = []
+    for state, action in zip(states.tolist(), actions, strict=True):
+        numbers = encoded(action, space, squashed)
+        rows.append([*state, *numbers, *(one * other for one in state for other in numbers)])
+    return np.array(rows)
+
+
+#: Bounds of one dimension of a Box. The widest that float32 has span more than float32 has
+BOUNDS = [(-1, 1), (-2, 0.5), (0, 10), (3, 3), (-3e38, 3e38), (-np.inf, np.inf), (0, np.inf), (-np.inf, -2)]
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> spaces.Box:
+    shape = draw(st.sampled_from([(), (1,), (2,), (2, 3)]))
+    chosen = draw(st.lists(st.sampled_from(BOUNDS), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
+    low, high = (np.reshape(np.array(side, np.float32), shape) for side in zip(*chosen, strict=True))
+    return spaces.Box(low, high, shape)
+
+
+discrete_spaces: Any = st.one_of(
+    st.builds(spaces.Discrete, st.integers(1, 5)),
+    st.builds(spaces.MultiDiscrete, st.lists(st.integers(1, 4), min_size=1, max_size=3)),
+    st.builds(spaces.MultiBinary, st.integers(1, 4)),
+)
+
+
+def as_sampled(actions: np.ndarray) -> th.Tensor:
+    """(n, action_dim) as the rollout buffer has them."""
+    return th.as_tensor(actions.reshape(len(actions), -1))
+
+
+def box_actions(space: spaces.Box, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian samples, of which some are beyond the bounds, and some far beyond."""
+    low, high = bounds(space)
+    columns = []
+    for one, other in zip(low, high, strict=True):
+        is_bounded = np.isfinite([one, other]).all()
+        center, width = ((one + other) / 2, max(other - one, 1)) if is_bounded else (0, 10)
+        columns.append(center + width * rng.choice([0.2, 1, 10], size=n) * rng.normal(size=n))
+    return np.clip(np.transpose(columns), -3.4e38, 3.4e38).astype(np.float32).reshape(n, *space.shape)
+
+
+@given(boxes(), st.integers(0, 4), st.integers(1, 6), st.booleans(), seeds)
+def test_features_of_continuous_actions_follow_the_definition(
+    space: spaces.Box, n_states: int, n: int, squashed: bool, seed: int
+):
+    """Clipped to the bounds, scaled where both are finite, and squared; beside the state, and times the state."""
+    rng = np.random.default_rng(seed)
+    states, actions = rng.normal(size=(n, n_states)).astype(np.float32), box_actions(space, n, rng)
+    module = ActionFeatures(n_states, space, squashed)
+    found = module(th.as_tensor(states), as_sampled(actions))
+    assert found.dtype == th.float32 and found.shape == (n, module.out_features)
+    np.testing.assert_allclose(found.numpy(), joint_features(states, actions, space, squashed), rtol=1e-5, atol=1e-6)
+
+
+@given(discrete_spaces, st.integers(0, 4), st.integers(1, 6), seeds)
+def test_features_of_discrete_actions_follow_the_definition(space: spaces.Space, n_states: int, n: int, seed: int):
+    """One-hot vectors, several of them side by side; bits as they are."""
+    rng = np.random.default_rng(seed)
+    space.seed(seed)
+    states, actions = rng.normal(size=(n, n_states)).astype(np.float32), np.array([space.sample() for _ in range(n)])
+    module = ActionFeatures(n_states, space)
+    found = module(th.as_tensor(states), as_sampled(actions))
+    assert found.dtype == th.float32 and found.shape == (n, module.out_features)
+    np.testing.assert_array_equal(found.numpy(), joint_features(states, actions, space).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "action", "expected"),
+    [
+        (-2, 2, 1.0, 0.5),
+        (-2, 2, 7.0, 1.0),
+        (0, 10, 2.5, -0.5),
+        (0, 10, -4.0, -1.0),
+        (3, 3, 8.0, 3.0),
+        (0, np.inf, -5.0, 0.0),
+        (0, np.inf, 5.0, 5.0),
+        (-np.inf, 2, 5.0, 2.0),
+        (-np.inf, np.inf, -5.0, -5.0),
+        (-3e38, 3e38, 1.5e38, 0.5),
+        (-3e38, 3e38, 3.4e38, 1.0),
+    ],
+)
+def test_an_action_is_what_the_environment_gets_of_it_on_the_scale_of_the_bounds(
+    low: float, high: float, action: float, expected: float
+):
+    numbers = ActionFeatures(0, spaces.Box(low, high, (1,))).encode(th.tensor([[action]]))
+    th.testing.assert_close(numbers, th.tensor([[expected, expected**2]]))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.uint8])
+def test_bounds_may_be_of_any_type(dtype: Any):
+    space = spaces.Box(0, 200, (1,), dtype)
+    numbers = ActionFeatures(0, space).encode(th.tensor([[50.0], [100.0], [201.0]]))
+    th.testing.assert_close(numbers, th.tensor([[-0.5, 0.25], [0.0, 0.0], [1.0, 1.0]]))
+
+
+def test_a_policy_that_squashes_has_actions_between_minus_1_and_1_whatever_the_bounds():
+    space, actions = spaces.Box(-5, 50, (2,)), th.tensor([[-0.5, 0.25]])
+    squashed, plain = ActionFeatures(0, space, squashed=True), ActionFeatures(0, space)
+    th.testing.assert_close(squashed.encode(actions), th.tensor([[-0.5, 0.25, 0.25, 0.0625]]))
+    assert not th.allclose(plain.encode(actions), squashed.encode(actions))
+
+
+# Critics of action values ----------------------------------------------------------------------------------------------------
+
+ACTION_SPACES: Any = st.sampled_from(
+    [
+        spaces.Discrete(3),
+        spaces.MultiDiscrete([2, 3]),
+        spaces.MultiBinary(2),
+        spaces.Box(-2, 1, (2,)),
+        spaces.Box(-1, 1, (1, 2)),
+        spaces.Box(-np.inf, np.inf, (1,)),
+        spaces.Box(np.array([0, -1], np.float32), np.array([np.inf, -1], np.float32)),
+    ]
+)
+
+
+def action_samples(space: spaces.Space, n: int, n_states: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States, actions of any space, and returns that depend on both."""
+    rng = np.random.default_rng(seed)
+    space.seed(seed)
+    states = rng.normal(size=(n, n_states)).astype(np.float32)
+    is_box = isinstance(space, spaces.Box)
+    actions = rng.normal(size=(n, *space.shape)).astype(np.float32) if is_box else np.array([space.sample() for _ in range(n)])
+    joint = joint_features(states, actions, space)
+    return states, actions, joint @ rng.normal(size=joint.shape[1]) + rng.normal(size=n)
+
+
+def predict_actions(critic: ActionValues, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    values = critic.predict(th.as_tensor(states), as_sampled(actions))
+    assert values.dtype == th.float64 and values.shape == (len(states), 1)
+    return values.numpy().flatten()
+
+
+def fit_actions(critic: ActionValues, states: np.ndarray, actions: np.ndarray, returns: np.ndarray) -> None:
+    critic.fit(th.as_tensor(states), as_sampled(actions), returns)
+
+
+@given(ACTION_SPACES, st.integers(1, 3), st.integers(1, 60), seeds)
+def test_action_values_equal_linear_regression_on_states_actions_and_products(
+    space: spaces.Space, n_states: int, n: int, seed: int
+):
+    """On the batch; where it has few samples, or one-hot vectors, many weights are equally good."""
+    states, actions, returns = action_samples(space, n, n_states, seed)
+    critic = ActionValues(n_states, space)
+    fit_actions(critic, states, actions, returns)
+    joint = joint_features(states, actions, space)
+    expected = LinearRegression().fit(joint, returns).predict(joint)
+    np.testing.assert_allclose(predict_actions(critic, states, actions), expected, rtol=1e-3, atol=1e-3)
+
+
+@given(ACTION_SPACES, st.integers(1, 3), st.integers(2, 60), seeds, st.sampled_from([1e-3, 0.2]))
+def test_action_values_with_a_ridge_equal_ridge_on_standardized_features(
+    space: spaces.Space, n_states: int, n: int, seed: int, ridge: float
+):
+    """Of actions that the batch does not have, too."""
+    states, actions, returns = action_samples(space, n, n_states, seed)
+    critic = ActionValues(n_states, space, ridge=ridge)
+    fit_actions(critic, states, actions, returns)
+    expected = make_pipeline(StandardScaler(), Ridge(alpha=ridge * n, solver="svd"))
+    expected.fit(joint_features(states, actions, space), returns)
+    for batch in ((states, actions), action_samples(space, 20, n_states, seed + 1)[:2]):
+        found = predict_actions(critic, *batch)
+        np.testing.assert_allclose(found, expected.predict(joint_features(*batch, space)), rtol=1e-3, atol=1e-3)
+
+
+@given(st.integers(2, 5), st.integers(2, 4), st.integers(1, 4), seeds)
+def test_action_values_of_one_hot_states_are_the_mean_returns_of_a_table(
+    n_states: int, n_actions: int, n_each: int, seed: int
+):
+    """For every pair of a state and an action: nothing is shared, so that an exact table is found where there is one."""
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(n_states, n_actions, n_each)) * 10
+    states, actions = (part.ravel() for part in np.meshgrid(np.arange(n_states), np.arange(n_actions), indexing="ij"))
+    # As many returns of each pair, in any order
+    order = rng.permutation(n_states * n_actions * n_each)
+    one_hot = np.eye(n_states, dtype=np.float32)
+    critic = ActionValues(n_states, spaces.Discrete(n_actions))
+    fit_actions(critic, one_hot[np.repeat(states, n_each)[order]], np.repeat(actions, n_each)[order], table.ravel()[order])
+    found = predict_actions(critic, one_hot[states], actions).reshape(n_states, n_actions)
+    np.testing.assert_allclose(found, table.mean(axis=2), rtol=1e-6, atol=1e-6)
+
+
+def test_the_number_of_state_features_may_be_an_integer_of_numpy():
+    """As SB3 counts those of MultiDiscrete observations."""
+    states, actions, returns = action_samples(BOX, 5, 3, seed=0)
+    critic = ActionValues(np.int64(3), BOX)  # type: ignore[arg-type]
+    fit_actions(critic, states, actions, returns)
+    assert predict_actions(critic, states, actions).any()
+
+
+@pytest.mark.parametrize("space", [BOX, spaces.Discrete(3)], ids=str)
+def test_action_values_are_zero_before_the_first_fit(space: spaces.Space):
+    states, actions, _ = action_samples(space, 5, 3, seed=0)
+    np.testing.assert_array_equal(predict_actions(ActionValues(3, space, memory=0.5, truncate=True), states, actions), 0.0)
+
+
+def test_actions_beyond_the_bounds_are_worth_what_the_bounds_are():
+    """For the environment, they are the same."""
+    critic = ActionValues(1, BOX)
+    fit_actions(critic, *action_samples(BOX, 100, 1, seed=0))
+    states = np.ones((2, 1), np.float32)
+    beyond, at = predict_actions(critic, states, np.array([[1.5, -40.0], [1.0, -1.0]], np.float32))
+    assert beyond == at != 0
+
+
+def test_a_best_action_between_the_bounds_is_found():
+    """A value that is quadratic in the action, with a best action that depends on the state: no line and no sum shows it."""
+    rng = np.random.default_rng(0)
+    states, actions = rng.normal(size=(500, 1)).astype(np.float32), rng.uniform(-1, 1, (500, 1)).astype(np.float32)
+    returns = -((actions - 0.5 * states) ** 2).flatten()
+    critic = ActionValues(2, spaces.Box(-1, 1, (1,)))
+    fit_actions(critic, np.column_stack([states, states**2]), actions, returns)
+    values = predict_actions(critic, np.tile(np.float32([0.8, 0.64]), (201, 1)), np.linspace(-1, 1, 201, dtype=np.float32))
+    assert np.linspace(-1, 1, 201)[values.argmax()] == pytest.approx(0.4, abs=0.011)
+
+
+@pytest.mark.parametrize("space", [BOX, spaces.Discrete(4), spaces.MultiBinary(3)], ids=str)
+@pytest.mark.parametrize("n_states", [3, 200])
+def test_features_in_blocks_are_those_in_one_piece(space: spaces.Space, n_states: int, monkeypatch: pytest.MonkeyPatch):
+    """With random projections and without."""
+    states, actions, returns = action_samples(space, 50, n_states, seed=0)
+    th.manual_seed(0)
+    whole = ActionValues(n_states, space, ridge=1e-3)
+    fit_actions(whole, states, actions, returns)
+    expected = whole.project(th.as_tensor(states), as_sampled(actions))
+    sizes: list[int] = []
+    for numbers in (1, 7 * whole.features.out_features, 50 * whole.features.out_features - 1):
+        monkeypatch.setattr(baselines, "_NUMBERS", numbers)
+        pieces = ActionValues(n_states, space, ridge=1e-3)
+        pieces.load_state_dict(whole.state_dict())
+        sizes.clear()
+        pieces.features.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+        assert th.equal(pieces.project(th.as_tensor(states), as_sampled(actions)), expected)
+        assert sum(sizes) == 50 and len(sizes) > 1 and max(sizes) == max(1, numbers // whole.features.out_features)
+        fit_actions(pieces, states, actions, returns)
+        np.testing.assert_array_equal(weights(pieces.linear), weights(whole.linear))
+
+
+@settings(max_examples=10)
+@given(st.integers(80, MAX_FEATURES), st.sampled_from([BOX, spaces.Discrete(5)]), st.sampled_from([0.0, 0.5]), seeds)
+def test_many_products_are_fitted_through_random_projections(n_states: int, space: spaces.Space, memory: float, seed: int):
+    th.manual_seed(seed)
+    critic = ActionValues(n_states, space, ridge=1e-3, memory=memory)
+    assert critic.features.out_features > MAX_FEATURES
+    states, actions, returns = action_samples(space, 50, n_states, seed)
+    projections = critic.project(th.as_tensor(states), as_sampled(actions))
+    assert projections.shape == (50, MAX_FEATURES)
+    # Every joint feature goes to one of them with a sign
+    assert isinstance(critic.linear.project, RandomProjection)
+    index, sign = critic.linear.project.index.numpy(), critic.linear.project.sign.numpy()
+    expected_projections = np.zeros((50, MAX_FEATURES))
+    for feature, column in enumerate(joint_features(states, actions, space).T):
+        expected_projections[:, index[feature]] += sign[feature] * column
+    np.testing.assert_allclose(projections.numpy(), expected_projections, rtol=1e-4, atol=1e-4)
+    fit_actions(critic, states, actions, returns)
+    expected = make_pipeline(StandardScaler(), Ridge(alpha=1e-3 * 50, solver="svd")).fit(expected_projections, returns)
+    np.testing.assert_allclose(predict_actions(critic, states, actions), expected.predict(expected_projections), rtol=1e-3)
+
+
+@given(ACTION_SPACES, st.floats(0.05, 0.95), st.lists(st.integers(1, 30), min_size=1, max_size=3), seeds)
+def test_the_memory_of_action_values_is_weighted_least_squares_over_all_batches(
+    space: spaces.Space, memory: float, sizes: list[int], seed: int
+):
+    critic = ActionValues(2, space, memory=memory)
+    batches = [action_samples(space, n, 2, seed + i) for i, n in enumerate([*sizes, 60])]
+    for batch in batches:
+        fit_actions(critic, *batch)
+    sample_weight = np.concatenate([np.full(len(batch[2]), memory ** (len(sizes) - i)) for i, batch in enumerate(batches)])
+    states, actions, returns = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    joint = joint_features(states, actions, space)
+    expected = LinearRegression().fit(joint, returns, sample_weight).predict(joint)
+    np.testing.assert_allclose(predict_actions(critic, states, actions), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_states", [3, 200])
+def test_the_state_of_action_values_is_all_that_they_need(n_states: int):
+    """Weights, memory, bounds of the truncation, random projections."""
+    kwargs: dict[str, Any] = dict(ridge=1e-2, memory=0.5, truncate=True)
+    critic, twin = ActionValues(n_states, BOX, **kwargs), ActionValues(n_states, BOX, **kwargs)
+    states, actions, _ = action_samples(BOX, 500, n_states, seed=2)
+    for seed in (0, 1):
+        batch = action_samples(BOX, 30, n_states, seed)
+        fit_actions(critic, *batch)
+        if seed == 0:
+            twin.load_state_dict(critic.state_dict())
+        else:
+            fit_actions(twin, *batch)
+        values = predict_actions(critic, states, actions)
+        np.testing.assert_array_equal(predict_actions(twin, states, actions), values)
+        assert batch[2].min() <= values.min() < values.max() <= batch[2].max()
+
+
+@pytest.mark.parametrize("space", [BOX, spaces.Discrete(3), spaces.MultiDiscrete([2, 2])], ids=str)
+def test_action_values_refuse_samples_that_are_not_finite_and_stay_as_they_are(space: spaces.Space):
+    critic = ActionValues(2, space, memory=0.5)
+    states, actions, returns = action_samples(space, 20, 2, seed=0)
+    fit_actions(critic, states, actions, returns)
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    for spoiled in ((states * np.float32(np.nan), returns), (states, returns * np.inf)):
+        with pytest.raises(ValueError, match="NaN, infinite"), np.errstate(invalid="ignore"):
+            fit_actions(critic, spoiled[0], actions, spoiled[1])
+    for name, value in critic.state_dict().items():
+        assert th.equal(value, before[name])

@@ -1,5 +1,6 @@
 """The rollout buffer: what goes in comes out whole and in order."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,45 @@ def test_returns_and_advantages():
     np.testing.assert_array_equal(buffer.values, values)
     np.testing.assert_array_equal(buffer.returns, discounted_returns(buffer.rewards, buffer.episode_starts, 0.9))
     np.testing.assert_array_equal(buffer.advantages, buffer.returns - values)
+
+
+#: Rewards, starts, returns, values and action values -> advantages, for a discount of 0.9
+ADVANTAGES: dict[Any, Callable[..., np.ndarray]] = {
+    "monte_carlo": lambda rewards, starts, returns, v, q: returns - v,
+    "q": lambda rewards, starts, returns, v, q: q,
+    "advantage": lambda rewards, starts, returns, v, q: q - v,
+    "td": lambda rewards, starts, returns, v, q: rewards + 0.9 * np.where(np.roll(starts, -1), 0, np.roll(v, -1)) - v,
+}
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_the_advantage_function_is_the_one_asked_for(advantage: Any):
+    """For whole episodes of two environments; returns are those that followed, whatever tells how good an action was."""
+    buffer = filled([[3, 2], [4]], gamma=0.9)
+    values, action_values = np.linspace(-1, 1, 9), np.linspace(5, 3, 9) ** 2
+    buffer.compute_returns_and_advantage(values, action_values, advantage)
+    returns = discounted_returns(buffer.rewards, buffer.episode_starts, 0.9)
+    np.testing.assert_array_equal(buffer.returns, returns)
+    np.testing.assert_array_equal(buffer.values, values)
+    np.testing.assert_array_equal(buffer.action_values, action_values)
+    expected = ADVANTAGES[advantage](buffer.rewards, buffer.episode_starts, returns, values, action_values)
+    np.testing.assert_allclose(buffer.advantages, expected, rtol=1e-12)
+    # The values that come with the samples are those of states
+    (batch,) = buffer.get()
+    np.testing.assert_allclose(batch.old_values, values, rtol=1e-6)
+    np.testing.assert_allclose(batch.advantages, expected, rtol=1e-6)
+    np.testing.assert_allclose(batch.returns, returns, rtol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_action_values_are_needed_where_the_advantage_function_has_them(advantage: Any):
+    buffer = filled([[3, 2], [4]])
+    if advantage in ("q", "advantage"):
+        with pytest.raises(AssertionError, match=f"advantage='{advantage}' needs action values"):
+            buffer.compute_returns_and_advantage(np.zeros(9), advantage=advantage)
+    else:
+        buffer.compute_returns_and_advantage(np.zeros(9), advantage=advantage)
+        assert buffer.action_values is None
 
 
 SAMPLES = {"observations": "observations", "actions": "actions", "old_values": "values"} | {

@@ -51,6 +51,7 @@ def test_no_environment_is_refused_unless_the_model_is_set_up_later():
         *[("baseline", value) for value in ("cubic", "random", 3)],
         *[("baseline_kwargs", dict(ridge=value)) for value in (-1.0, np.nan, np.inf, "1", None)],
         *[("baseline_kwargs", dict(n_units=value)) for value in (0, -1, 2.5, None)],
+        *[("advantage", value) for value in ("TD", "gae", "", "monte carlo", None, 1, True)],
         *[("baseline_kwargs", value) for value in (dict(units=3), dict(ridge=1.0, memory=0.5))],
         ("stats_window_size", 0),
         ("rollout_buffer_class", RolloutBuffer),
@@ -60,6 +61,20 @@ def test_arguments_out_of_range_are_refused_by_name_and_value(argument: str, val
     kwargs = dict(n_episodes=None) | {argument: value}
     with pytest.raises(ValueError, match=rf"{argument}.*{re.escape(str(value))}"):
         REINFORCE("MlpPolicy", ScriptedEnv([4]), **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", ActorCriticPolicy])
+@pytest.mark.parametrize("advantage", ["monte_carlo", "q", "advantage", "td"])
+def test_without_a_baseline_there_is_no_critic_to_learn_from(policy: Any, advantage: Any):
+    """Which leaves the returns themselves."""
+    kwargs: dict[str, Any] = dict(n_steps=8, advantage=advantage)
+    if advantage == "monte_carlo":
+        assert REINFORCE(policy, ScriptedEnv([4]), baseline=None, **kwargs).learn(1)._n_updates == 1
+    else:
+        message = f"advantage must be 'monte_carlo' with baseline=None: .* got advantage='{advantage}'"
+        with pytest.raises(ValueError, match=message):
+            REINFORCE(policy, ScriptedEnv([4]), baseline=None, **kwargs)
+    assert REINFORCE(policy, ScriptedEnv([4]), baseline="linear", **kwargs).learn(1)._n_updates == 1
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -182,6 +197,7 @@ def test_nothing_of_a_refused_file_is_unpickled(tmp_path: Path):
 @pytest.mark.parametrize(
     "kwargs",
     [
+        *[dict(advantage=value) for value in ("q", "advantage", "td")],
         dict(baseline="linear"),
         dict(baseline=None),
         dict(baseline_memory=0.5),
@@ -199,6 +215,21 @@ def test_what_the_policy_was_fitted_with_cannot_be_changed_by_load(model: REINFO
         REINFORCE.load(path, **kwargs)
     # The same again is no change
     assert getattr(REINFORCE.load(path, **{name: getattr(model, name)}), name) == getattr(model, name)
+
+
+@pytest.mark.parametrize("old", ["q", "advantage", "td"])
+@pytest.mark.parametrize("new", ["monte_carlo", "q", "advantage", "td"])
+def test_an_actor_critic_cannot_be_changed_into_another_by_load(old: Any, new: Any, tmp_path: Path):
+    """Nor into REINFORCE, which has no use for its critic."""
+    kwargs: dict[str, Any] = dict(n_steps=8, policy_kwargs=dict(net_arch=[]))
+    path = saved(REINFORCE("MlpPolicy", ScriptedEnv([4]), advantage=old, **kwargs), tmp_path / "model.zip")
+    if new == old:
+        assert REINFORCE.load(path, advantage=new).advantage == new
+    else:
+        message = f"advantage='{new}' cannot be given to a model that was saved with advantage='{old}'"
+        with pytest.raises(ValueError, match=message):
+            REINFORCE.load(path, advantage=new)
+    assert REINFORCE.load(path).advantage == old
 
 
 def test_a_stream_is_read_from_wherever_it_is_and_stays_open(model: REINFORCE):

@@ -11,13 +11,28 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import A2C
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_reinforce import REINFORCE, CnnPolicy, MlpPolicy, MultiInputPolicy, policies
-from sb3_reinforce.baselines import MAX_FEATURES, LinearBaseline, NoBaseline, QuadraticFeatures, RandomFeatures
-from sb3_reinforce.policies import ObservationNormalizer, baseline_features, chunk_size, evaluate, normalizer_of
+from sb3_reinforce.baselines import (
+    MAX_FEATURES,
+    ActionValues,
+    LinearBaseline,
+    NoBaseline,
+    QuadraticFeatures,
+    RandomFeatures,
+)
+from sb3_reinforce.policies import (
+    ObservationNormalizer,
+    action_values_of,
+    baseline_features,
+    chunk_size,
+    evaluate,
+    normalizer_of,
+)
 from tests.envs import RandomEnv
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
@@ -296,6 +311,95 @@ def test_chunks_of_images_are_small_and_batch_normalization_sees_everything():
     policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
     policy.mlp_extractor.policy_net.append(nn.BatchNorm1d(policy.mlp_extractor.latent_dim_pi))
     assert chunk_size(policy) > 1e18
+
+
+# The critic of action values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", ActorCriticPolicy])
+@pytest.mark.parametrize("advantage", ["monte_carlo", "q", "advantage", "td"])
+def test_there_is_a_critic_of_action_values_only_where_it_is_used(policy: Any, advantage: Any):
+    policy = REINFORCE(policy, RandomEnv(VECTOR, CONTINUOUS, 5), advantage=advantage).policy
+    is_used = advantage in ("q", "advantage")
+    assert (type(action_values_of(policy)) is ActionValues) == is_used
+    assert any("action_value_net" in name for name in policy.state_dict()) == is_used
+    assert type(policy.value_net) is LinearBaseline
+
+
+def test_a_policy_alone_has_a_critic_of_action_values_if_it_is_asked_for():
+    assert action_values_of(MlpPolicy(VECTOR, CONTINUOUS, schedule)) is None
+    assert action_values_of(MlpPolicy(VECTOR, CONTINUOUS, schedule, action_values=True)) is not None
+    assert action_values_of(MlpPolicy(VECTOR, CONTINUOUS, schedule, action_values=True, baseline=None)) is None
+
+
+def test_a_module_of_the_users_is_not_taken_for_a_critic_of_action_values():
+    policy = MlpPolicy(VECTOR, CONTINUOUS, schedule)
+    policy.action_value_net = nn.Linear(3, 1)
+    assert action_values_of(policy) is None
+
+
+@pytest.mark.parametrize("width", [3, 500])
+@pytest.mark.parametrize("baseline", ["linear", "quadratic", "random_features"])
+@pytest.mark.parametrize("extractor", [FlattenExtractor, "learned"], ids=["flat", "learned"])
+def test_the_critic_of_action_values_is_fitted_as_the_baseline_is(extractor: Any, baseline: Any, width: int):
+    """In the same features, or the same projections of them, with the same ridge, memory and truncation."""
+
+    class Learned(BaseFeaturesExtractor):
+        def __init__(self, observation_space: spaces.Space):
+            super().__init__(observation_space, width)
+            self.layer = nn.Linear(width, width)
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return self.layer(observations)
+
+    extractor = Learned if extractor == "learned" else extractor
+    kwargs: dict[str, Any] = dict(baseline=baseline, baseline_memory=0.3, features_extractor_class=extractor)
+    space = spaces.Box(-1, 1, (width,))
+    policy = MlpPolicy(space, spaces.Discrete(3), schedule, action_values=True, **kwargs)
+    critic = action_values_of(policy)
+    assert critic is not None
+    features = baseline_features(policy, th.rand(5, width))
+    assert critic.features.out_features == (features.shape[1] + 1) * 4 - 1
+    assert critic.predict(features, th.zeros(5, 1)).shape == (5, 1)
+    for name in ("ridge", "memory", "truncate"):
+        assert getattr(critic.linear, name) == getattr(policy.value_net, name), name
+    assert (critic.linear.memory, critic.linear.truncate) == (0.3, extractor is Learned)
+    with_ridge = MlpPolicy(space, CONTINUOUS, schedule, action_values=True, baseline_kwargs=dict(ridge=7.0), **kwargs)
+    assert with_ridge.action_value_net.linear.ridge == with_ridge.value_net.ridge == 7.0
+
+
+@pytest.mark.parametrize("squash_output", [False, True])
+def test_the_critic_of_action_values_knows_whether_the_policy_squashes(squash_output: bool):
+    """Samples are then within [-1, 1], whatever the bounds are."""
+    space = spaces.Box(-20, 60, (2,))
+    kwargs: dict[str, Any] = dict(use_sde=True, squash_output=squash_output, action_values=True)
+    features = MlpPolicy(VECTOR, space, schedule, **kwargs).action_value_net.features
+    assert features.low.tolist() == [-1 if squash_output else -20] * 2
+    assert features.high.tolist() == [1 if squash_output else 60] * 2
+
+
+def test_the_optimizer_does_not_hold_the_critic_of_action_values():
+    plain, with_critic = (MlpPolicy(VECTOR, CONTINUOUS, schedule, action_values=given) for given in (False, True))
+    assert dict(plain.named_parameters()).keys() == dict(with_critic.named_parameters()).keys()
+    held = [sum(len(group["params"]) for group in p.optimizer.param_groups) for p in (plain, with_critic)]
+    assert held[0] == held[1] == len(list(plain.parameters()))
+
+
+@pytest.mark.parametrize("action_space", [CONTINUOUS, spaces.Discrete(3), spaces.MultiDiscrete([2, 3])], ids=str)
+@pytest.mark.parametrize("policy", ["MlpPolicy", "CnnPolicy", "MultiInputPolicy"])
+def test_a_policy_that_is_saved_keeps_its_critic_of_action_values(policy: str, action_space: spaces.Space):
+    space = {"CnnPolicy": spaces.Box(0, 255, (1, 36, 36), np.uint8), "MultiInputPolicy": spaces.Dict(v=VECTOR)}.get(policy)
+    env = RandomEnv(space or spaces.Box(-1, 1, (3,)), action_space, 5)
+    trained = REINFORCE(policy, env, n_steps=20, advantage="q", seed=0).learn(40).policy
+    stream = io.BytesIO()
+    trained.save(stream)
+    stream.seek(0)
+    loaded = type(trained).load(stream)
+    assert loaded.action_values is trained.action_values is True
+    assert loaded.state_dict().keys() == trained.state_dict().keys()
+    found, expected = loaded.action_value_net.state_dict(), trained.action_value_net.state_dict()
+    assert expected["linear.weight"].any()
+    assert all(th.equal(found[name], value) for name, value in expected.items())
 
 
 # Wide observations -----------------------------------------------------------------------------------------------------------

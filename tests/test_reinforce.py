@@ -1,5 +1,6 @@
 """The algorithm: against the article's, written out once more; its update; what interrupts it; its seeds; its defaults."""
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +28,13 @@ import sb3_reinforce
 from sb3_reinforce import REINFORCE, MlpPolicy, policies, reinforce
 from sb3_reinforce.baselines import LinearBaseline
 from sb3_reinforce.natural_gradient import InverseTimeDecay
+from sb3_reinforce.policies import action_values_of, baseline_features
 from tests.envs import RandomEnv, RandomLengthEnv, ScriptedEnv
 
 LANDER = "LunarLanderContinuous-v3"
 VECTOR = spaces.Box(-1, 1, (3,))
+ADVANTAGES: list[Any] = ["monte_carlo", "q", "advantage", "td"]
+every_advantage = pytest.mark.parametrize("advantage", ADVANTAGES)
 
 
 def weights(model: REINFORCE) -> np.ndarray:
@@ -89,10 +93,27 @@ ARTICLE: dict[str, Any] = dict(
 )
 
 
-class Article:
-    """The article's algorithm as a plain loop, with none of the code of this package."""
+def least_squares(features: np.ndarray, returns: np.ndarray) -> np.ndarray:
+    """Weights and intercept, as scikit-learn's LinearRegression has them behind a StandardScaler."""
+    mean, std = features.mean(axis=0), features.std(axis=0)
+    std[std == 0] = np.inf
+    slope = np.linalg.lstsq((features - mean) / std, returns - returns.mean(), rcond=1e-6)[0] / std
+    return np.append(slope, returns.mean() - mean @ slope)
 
-    def __init__(self, policy: Any):
+
+def with_actions(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """States, actions within [-1, 1], the squares of these, and the products of states with both."""
+    clipped = np.clip(actions, -1, 1)
+    numbers = np.column_stack([clipped, clipped**2])
+    products = [states[:, i] * numbers[:, j] for i in range(states.shape[1]) for j in range(numbers.shape[1])]
+    return np.column_stack([states, numbers, *products])
+
+
+class Article:
+    """The article's algorithm as a plain loop, with each of its advantage functions and none of the code of this package."""
+
+    def __init__(self, policy: Any, advantage: str):
+        self.advantage = advantage
         self.mean = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
         mine = [self.mean[0], self.mean[2], self.mean[4]]
         theirs = [policy.mlp_extractor.policy_net[0], policy.mlp_extractor.policy_net[2], policy.action_net]
@@ -101,19 +122,28 @@ class Article:
         self.log_std = nn.Parameter(th.zeros(2))
         self.parameters = [self.log_std, *self.mean.parameters()]
         self.optimizer = th.optim.Adam(self.parameters, lr=1e-3)
-        self.coefficients = np.zeros(9)
+        self.coefficients, self.action_coefficients = np.zeros(9), np.zeros(44 + 1)
 
     def learn(self, batch: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         states, actions = batch["observations"], batch["actions"]
-        returns = np.zeros(len(states))
-        running = 0.0
+        joint = with_actions(states.astype(np.float64), actions.astype(np.float64))
+        values = states @ self.coefficients[:8] + self.coefficients[8]
+        action_values = joint @ self.action_coefficients[:44] + self.action_coefficients[44]
+        returns, errors = np.zeros((2, len(states)))
+        running = next_value = 0.0
         for t in reversed(range(len(states))):
             running = float(batch["rewards"][t]) + 0.97 * running
             returns[t] = running
+            errors[t] = float(batch["rewards"][t]) + 0.97 * next_value - values[t]
+            next_value = values[t]
             if batch["episode_starts"][t]:
-                running = 0.0
-        design = np.column_stack([states.astype(np.float64), np.ones(len(states))])
-        advantages = returns - design @ self.coefficients
+                running = next_value = 0.0
+        advantages = {
+            "monte_carlo": returns - values,
+            "q": action_values,
+            "advantage": action_values - values,
+            "td": errors,
+        }[self.advantage]
         normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         mean = self.mean(th.as_tensor(states))
@@ -125,17 +155,20 @@ class Article:
         self.optimizer.step()
         gradient = np.concatenate([parameter.grad.numpy().ravel().copy() for parameter in self.parameters])  # type: ignore[union-attr]
 
-        # Least squares around the means, as scikit-learn's LinearRegression does it
-        slope = np.linalg.lstsq(design[:, :8] - design[:, :8].mean(0), returns - returns.mean(), rcond=None)[0]
-        self.coefficients = np.append(slope, returns.mean() - design[:, :8].mean(0) @ slope)
+        self.coefficients = least_squares(states.astype(np.float64), returns)
+        self.action_coefficients = least_squares(joint, returns)
         return returns, advantages, gradient, self.coefficients
 
 
-def test_is_the_articles_algorithm():
-    """Both see the same episodes; four batches in a row, so that every later step rests on the earlier ones."""
+@every_advantage
+def test_is_the_articles_algorithm(advantage: Any):
+    """
+    Both see the same episodes; four batches in a row, so that every later step rests on the earlier ones. The advantage
+    functions differ in one line, and share critics that are used before they are fitted to a batch.
+    """
     rollouts = Rollouts()
-    model = REINFORCE("MlpPolicy", LANDER, n_steps=500, seed=3, **ARTICLE)
-    article = Article(model.policy)
+    model = REINFORCE("MlpPolicy", LANDER, n_steps=500, seed=3, advantage=advantage, **ARTICLE)
+    article = Article(model.policy, advantage)
     model.learn(2000, callback=rollouts)
     assert len(rollouts.buffers) >= 4
     for batch, gradient, baseline in zip(rollouts.buffers, rollouts.gradients, rollouts.baselines, strict=True):
@@ -154,6 +187,7 @@ def test_algorithm_defaults():
     assert (model.learning_rate, model.ent_coef, model.normalize_advantage) == (1e-3, 0.0, True)
     assert (model.baseline, model.baseline_memory) == ("random_features", 0.6)
     assert (model.bootstrap_timeouts, model.normalize_observations) == (True, True)
+    assert (model.advantage, model.policy.action_values) == ("monte_carlo", False)
     # A policy that is made without the algorithm is the same
     for name in ("baseline", "baseline_memory", "normalize_observations"):
         assert signature(MlpPolicy).parameters[name].default == getattr(model, name) == getattr(model.policy, name)
@@ -168,9 +202,11 @@ def cartpole_gradient(**kwargs: Any) -> np.ndarray:
     return rollouts.gradients[0]
 
 
-@pytest.mark.parametrize("target_kl", [None, 0.01])
+@pytest.mark.parametrize(("target_kl", "advantage"), [(None, "monte_carlo"), (0.01, "monte_carlo"), (0.01, "advantage")])
 @pytest.mark.parametrize("space", ["vector", "image", "dictionary"])
-def test_a_batch_in_chunks_is_the_same_as_all_at_once(space: str, target_kl: float | None, monkeypatch: pytest.MonkeyPatch):
+def test_a_batch_in_chunks_is_the_same_as_all_at_once(
+    space: str, target_kl: float | None, advantage: Any, monkeypatch: pytest.MonkeyPatch
+):
     # Otherwise the states of the Fisher matrix are those of a chunk
     monkeypatch.setattr(reinforce, "_FISHER_STATES", 1)
     image = spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8)
@@ -182,7 +218,7 @@ def test_a_batch_in_chunks_is_the_same_as_all_at_once(space: str, target_kl: flo
 
     def learn() -> np.ndarray:
         env = RandomEnv(observation_space, spaces.Discrete(3), 8)
-        model = REINFORCE(policy, env, n_steps=30, seed=0, ent_coef=0.1, target_kl=target_kl)
+        model = REINFORCE(policy, env, n_steps=30, seed=0, ent_coef=0.1, target_kl=target_kl, advantage=advantage)
         return model.learn(90).policy.parameters_to_vector()
 
     whole = learn()
@@ -302,6 +338,108 @@ def test_observation_statistics_are_updated_once_a_batch_from_raw_observations()
     # The baseline is fitted to what it will see, observations normalized so: least squares with an intercept hit the mean
     values = model.policy.predict_values(th.as_tensor(observations))
     np.testing.assert_allclose(values.mean().item(), model.rollout_buffer.returns.mean(), rtol=1e-4)
+
+
+# Critics of actions ----------------------------------------------------------------------------------------------------------
+
+
+class EarlierFits(BaseCallback):
+    """
+    Works out anew what the critic of actions expects of each batch: a twin of it is fitted to the batches before, in features
+    of the policy as it was left by the update to each of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[np.ndarray] = []
+        self.expected: list[np.ndarray] = []
+
+    def _on_training_start(self) -> None:
+        critic = action_values_of(self.model.policy)
+        assert critic is not None
+        self.twin = deepcopy(critic)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.found:
+            self.twin.fit(self.features(), self.actions, self.returns)
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        (batch,) = buffer.get()
+        # Tensors share the memory of the buffer
+        self.observations, self.actions = deepcopy(batch.observations), batch.actions.clone()
+        self.returns = buffer.returns.copy()
+        self.found.append(buffer.action_values)
+        self.expected.append(self.twin.predict(self.features(), self.actions).numpy().flatten())
+
+    def features(self) -> th.Tensor:
+        with th.no_grad():
+            return baseline_features(self.model.policy, self.observations)
+
+
+@pytest.mark.parametrize("advantage", ["q", "advantage"])
+@pytest.mark.parametrize("policy", ["MlpPolicy", "CnnPolicy", ActorCriticPolicy])
+@pytest.mark.parametrize("action_space", [spaces.Box(-1, 1, (2,)), spaces.Discrete(3)], ids=["Box", "Discrete"])
+def test_action_values_are_those_of_the_fits_to_earlier_batches(action_space: spaces.Space, policy: Any, advantage: Any):
+    """
+    None of its own returns is in what is expected of a batch: nothing at all on the first. The features of a CNN change with
+    every update, as do the statistics of observations.
+    """
+    space = spaces.Box(0, 255, (1, 36, 36), dtype=np.uint8) if policy == "CnnPolicy" else VECTOR
+    env = DummyVecEnv([lambda: RandomEnv(space, action_space, 7)] * 2)
+    fits = EarlierFits()
+    REINFORCE(policy, env, n_steps=20, seed=0, advantage=advantage).learn(200, callback=fits)
+    assert len(fits.found) >= 4
+    assert not fits.found[0].any() and all(np.ptp(found) > 0 for found in fits.found[1:])
+    for found, expected in zip(fits.found, fits.expected, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("target_kl", [None, 0.01])
+@pytest.mark.parametrize("advantage", ["q", "advantage"])
+def test_without_a_critic_that_is_fitted_no_action_is_better_than_another(advantage: Any, target_kl: float | None):
+    """The first batch moves nothing, and is what the critic is fitted to."""
+    model = REINFORCE("MlpPolicy", RandomLengthEnv(9), n_steps=50, target_kl=target_kl, seed=0, advantage=advantage)
+    before = model.policy.parameters_to_vector()
+    model.learn(1)
+    np.testing.assert_array_equal(model.policy.parameters_to_vector(), before)
+    assert model.policy.action_value_net.linear.weight.any()
+    model.learn(1, reset_num_timesteps=False)
+    assert not np.array_equal(model.policy.parameters_to_vector(), before)
+
+
+@every_advantage
+@pytest.mark.parametrize("policy", ["MlpPolicy", ActorCriticPolicy])
+def test_what_is_logged_is_how_well_the_critics_that_are_used_have_predicted(policy: Any, advantage: Any):
+    """Before they are fitted: the mean squared error, and the share of the variance of returns that they explain."""
+    model = REINFORCE(policy, RandomLengthEnv(9), n_steps=50, seed=0, advantage=advantage).learn(200)
+    buffer, logged = model.rollout_buffer, model.logger.name_to_value
+    assert (buffer.action_values is not None) == (advantage in ("q", "advantage"))
+    critics = {"": buffer.action_values if advantage == "q" else buffer.values}
+    if advantage == "advantage":
+        critics["action_"] = buffer.action_values
+    for kind, values in critics.items():
+        assert values is not None and np.ptp(values) > 0
+        errors = buffer.returns - values
+        assert logged[f"train/{kind}value_loss"] == pytest.approx(sum(errors**2) / len(errors))
+        assert logged[f"train/{kind}explained_variance"] == pytest.approx(1 - np.var(errors) / np.var(buffer.returns))
+    for name in ("action_value_loss", "action_explained_variance"):
+        assert (f"train/{name}" in logged) == (advantage == "advantage")
+
+
+@pytest.mark.parametrize("ortho_init", [True, False])
+def test_all_advantages_begin_with_the_same_actor(ortho_init: bool):
+    """Otherwise, to compare them with a seed in common is to compare their beginnings, too."""
+    actors = []
+    for advantage in ADVANTAGES:
+        env = RandomEnv(VECTOR, spaces.Box(-1, 1, (2,)), 9)
+        kwargs: dict[str, Any] = dict(seed=0, policy_kwargs=dict(ortho_init=ortho_init))
+        actors.append(REINFORCE("MlpPolicy", env, advantage=advantage, **kwargs).policy.parameters_to_vector())
+    for actor in actors[1:]:
+        np.testing.assert_array_equal(actor, actors[0])
 
 
 # The step --------------------------------------------------------------------------------------------------------------------
@@ -526,10 +664,11 @@ def test_the_step_leaves_the_state_of_the_optimizer_alone():
     assert not before["state"]
 
 
+@every_advantage
 @pytest.mark.parametrize("make_env", [pendulum, lambda: gym.make("CartPole-v1")], ids=["Pendulum", "CartPole"])
-def test_learning_in_pieces_is_learning_in_one_piece(make_env: Callable[[], gym.Env]):
+def test_learning_in_pieces_is_learning_in_one_piece(make_env: Callable[[], gym.Env], advantage: Any):
     """To the bit, without knowing how much is still to come."""
-    whole, pieces = (REINFORCE("MlpPolicy", make_env(), n_steps=100, seed=0) for _ in range(2))
+    whole, pieces = (REINFORCE("MlpPolicy", make_env(), n_steps=100, seed=0, advantage=advantage) for _ in range(2))
     whole.learn(600)
     while pieces.num_timesteps < 600:
         pieces.learn(1, reset_num_timesteps=False)
@@ -770,8 +909,9 @@ def interrupted_at_line(n: int) -> Iterator[list[str]]:
         ("MlpPolicy", dict(target_kl=1e-3, cg_max_steps=3)),
         ("MlpPolicy", dict(target_kl=None, baseline="linear", baseline_memory=0.0, normalize_observations=False)),
         (WithBatchNorm, dict(target_kl=None, baseline=None)),
+        ("MlpPolicy", dict(target_kl=None, baseline="linear", advantage="advantage")),
     ],
-    ids=["natural step", "optimizer's step", "batch norm"],
+    ids=["natural step", "optimizer's step", "batch norm", "actor-critic"],
 )
 def test_an_update_that_is_interrupted_at_any_line_is_either_before_it_or_after_it(policy: Any, kwargs: dict[str, Any]):
     """
@@ -844,6 +984,7 @@ POINTS: dict[str, Callable[[REINFORCE], tuple[Any, str]]] = {
     "divergence": lambda model: (reinforce, "kl_divergence"),
     "statistics": lambda model: (model.policy.observation_normalizer, "update"),
     "baseline": lambda model: (model.policy.value_net, "fit"),
+    "action values": lambda model: (model.policy.action_value_net, "fit"),
     "step of the environment": lambda model: (model.get_env(), "step"),
 }
 
@@ -856,8 +997,9 @@ def test_learning_goes_on_after_an_interruption_as_if_there_had_been_none(
     def make() -> REINFORCE:
         env = DummyVecEnv([lambda: RandomLengthEnv(9) for _ in range(2)])
         kwargs: dict[str, Any] = dict(learning_rate=0.03, seed=0, policy_kwargs=dict(net_arch=[4]))
-        target_kl = None if point == "step of the optimizer" else 0.01
-        return REINFORCE("MlpPolicy", env, n_steps=20, target_kl=target_kl, **kwargs)
+        kwargs["target_kl"] = None if point == "step of the optimizer" else 0.01
+        kwargs["advantage"] = "advantage" if point == "action values" else "monte_carlo"
+        return REINFORCE("MlpPolicy", env, n_steps=20, **kwargs)
 
     def learn_up_to(model: REINFORCE, n_updates: int) -> None:
         while model._n_updates < n_updates:
@@ -930,22 +1072,23 @@ def random_spaces(draw: st.DrawFn) -> tuple[spaces.Space, spaces.Space]:
 
 
 @pytest.mark.filterwarnings("error")
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(
     random_spaces(),
     st.integers(1, 12),
     st.integers(1, 3),
-    st.sampled_from(["linear", "quadratic", "random_features", None]),
+    st.sampled_from([*itertools.product(["linear", "quadratic", "random_features"], ADVANTAGES), (None, "monte_carlo")]),
     st.booleans(),
     st.booleans(),
     st.integers(1, 20),
 )
 def test_random_environments_train_without_a_warning(
-    spaces_: tuple, max_length: int, n_envs: int, baseline: Any, normalize: bool, bootstrap: bool, n_steps: int
+    spaces_: tuple, max_length: int, n_envs: int, critics: tuple, normalize: bool, bootstrap: bool, n_steps: int
 ):
     env = DummyVecEnv([lambda: RandomEnv(*spaces_, max_length) for _ in range(n_envs)])
     policy = "MultiInputPolicy" if isinstance(spaces_[0], spaces.Dict) else "MlpPolicy"
-    kwargs: dict[str, Any] = dict(baseline=baseline, normalize_observations=normalize, bootstrap_timeouts=bootstrap)
+    kwargs: dict[str, Any] = dict(normalize_observations=normalize, bootstrap_timeouts=bootstrap)
+    kwargs["baseline"], kwargs["advantage"] = critics
     model = REINFORCE(policy, env, n_steps=n_steps, seed=0, **kwargs).learn(5 * n_steps * n_envs)
     assert np.isfinite(weights(model)).all()
     assert model._n_updates >= 1

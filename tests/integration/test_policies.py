@@ -49,13 +49,13 @@ def collect(model):
 
 def check_learns(model):
     """Two steps of the length asked for change every parameter of the actor, and leave the model in order."""
-    policy = model.policy
+    policy, n_updates = model.policy, model._n_updates
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     for _ in range(2):
         model.learn(1, reset_num_timesteps=False)
         if model.target_kl is not None:
             assert_stepped_as_asked(model)
-    assert model._n_updates == 2
+    assert model._n_updates == n_updates + 2
     for name, value in policy.state_dict().items():
         assert th.isfinite(value).all(), name
         if name.startswith(("action_net", "mlp_extractor.policy_net", "pi_features_extractor", "log_std")):
@@ -569,6 +569,8 @@ def test_a_policy_of_the_users_is_saved_with_the_model(tmp_path):
         dict(baseline_memory=0.0),
         # Its own class has a plain linear layer, in which there is no room for the memory
         pytest.param({}, marks=pytest.mark.xfail(raises=RuntimeError, strict=True)),
+        # Nor has it a critic of actions
+        pytest.param(dict(baseline_memory=0.0, advantage="q"), marks=pytest.mark.xfail(raises=RuntimeError, strict=True)),
     ],
     ids=str,
 )
@@ -588,6 +590,70 @@ def test_a_compiled_policy_learns_the_same_as_it_does_eagerly(backend, target_kl
     for model in models:
         model.learn(100)
     th.testing.assert_close(*(weights(model.policy) for model in models), rtol=1e-4, atol=1e-5)
+
+
+# Actor-critics
+
+
+ACTOR_CRITICS = {
+    "plain": {},
+    "gsde": dict(use_sde=True, sde_sample_freq=4),
+    "gsde_squashed": dict(use_sde=True, action_space=WIDE_PAIR, policy_kwargs=dict(squash_output=True)),
+    "sb3": dict(policy=ActorCriticPolicy),
+    "sb3_gsde_squashed": dict(
+        policy=ActorCriticPolicy, use_sde=True, action_space=WIDE_PAIR, policy_kwargs=dict(squash_output=True)
+    ),
+    "sb3_documentation": dict(policy=DocumentationPolicy, action_space=CHOICE),
+    "separate_extractors": dict(policy_kwargs=dict(features_extractor_class=SmallExtractor, share_features_extractor=False)),
+    "own_evaluate_actions": dict(policy=type("OwnLogProbabilities", (OwnEvaluateActions, MlpPolicy), {})),
+    "optimizer": dict(target_kl=None, learning_rate=1e-2),
+}
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("advantage", ["q", "advantage", "td"])
+@pytest.mark.parametrize("kwargs", [pytest.param(kwargs, id=name) for name, kwargs in ACTOR_CRITICS.items()])
+def test_every_advantage_function_works_with_every_kind_of_policy(kwargs, advantage, n_envs):
+    model = make_model(n_envs=n_envs, advantage=advantage, **kwargs)
+    # The first batch of a critic of actions moves nothing
+    check_learns(model.learn(1))
+    buffer = model.rollout_buffer
+    assert np.isfinite(buffer.advantages).all() and buffer.values.any()
+    if advantage != "td":
+        assert buffer.action_values.any()
+
+
+@pytest.mark.parametrize("squash_output", [False, True])
+def test_actions_are_valued_by_where_they_are_between_their_bounds(squash_output):
+    """Those of a policy that squashes are within [-1, 1] before they are scaled to the bounds, those of others within them."""
+    kwargs = dict(use_sde=True, policy_kwargs=dict(squash_output=squash_output, log_std_init=2.0))
+    model = make_model(action_space=WIDE_PAIR, advantage="q", n_steps=100, **kwargs).learn(1)
+    features = model.policy.action_value_net.features
+    actions = model.rollout_buffer.actions
+    found = features.encode(th.as_tensor(actions))[:, :2].numpy()
+    expected = actions if squash_output else np.clip(actions, -100, 100) / 100
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.abs(found).max() <= 1
+
+
+def test_a_compiled_policy_has_its_critic_of_actions():
+    models = [make_model(advantage="q", policy_kwargs=dict(activation_fn=nn.ELU)) for _ in range(2)]
+    models[1].policy = th.compile(models[1].policy, backend="eager")
+    for model in models:
+        model.learn(100)
+        assert model.rollout_buffer.action_values.any()
+    th.testing.assert_close(*(weights(model.policy) for model in models), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ["monte_carlo", "q", "advantage", "td"])
+@pytest.mark.parametrize("policy", ["MlpPolicy", DocumentationPolicy])
+def test_policies_learn_in_pieces_as_in_one_piece_from_several_environments(policy, advantage):
+    whole, pieces = (make_model(policy, n_envs=3, advantage=advantage) for _ in range(2))
+    while pieces._n_updates < 4:
+        pieces.learn(1, reset_num_timesteps=False)
+    whole.learn(pieces.num_timesteps)
+    assert whole._n_updates == 4
+    assert_same(dict(whole.get_parameters()), dict(pieces.get_parameters()))
 
 
 # Generalized state-dependent exploration

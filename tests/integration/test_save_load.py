@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_reinforce import REINFORCE, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
+from sb3_reinforce.policies import action_values_of
 from sb3_reinforce.vec_env import EpisodeVecEnv
 from tests.envs import RandomEnv, subproc
 from tests.integration.common import (
@@ -65,6 +66,12 @@ CONFIGURATIONS = {
     "own_buffer": dict(rollout_buffer_class=OwnBuffer),
     "own_policy": dict(policy=OwnPolicy),
     "policy_of_sb3": dict(policy=ActorCriticPolicy),
+    "policy_of_sb3_with_action_values": dict(policy=ActorCriticPolicy, advantage="q"),
+    "q": dict(advantage="q", baseline="quadratic"),
+    "advantage": dict(advantage="advantage", action_space=spaces.Discrete(3)),
+    "td": dict(advantage="td"),
+    "few_projections": dict(advantage="q", baseline_kwargs=dict(n_units=200)),
+    "gsde_with_action_values": dict(advantage="q", use_sde=True, policy_kwargs=dict(squash_output=True)),
     "discrete": dict(action_space=spaces.Discrete(3)),
     "rmsprop": dict(target_kl=None, policy_kwargs=dict(optimizer_class=th.optim.RMSprop, optimizer_kwargs=dict(alpha=0.9))),
 }
@@ -140,15 +147,15 @@ def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, kwargs):
     "policy, observation_space",
     [pytest.param("CnnPolicy", GRAY_IMAGE, id="image"), pytest.param("MultiInputPolicy", MIXED, id="dict")],
 )
-@pytest.mark.parametrize("share_features_extractor", [True, False])
+@pytest.mark.parametrize("share_features_extractor, advantage", [(True, "monte_carlo"), (False, "monte_carlo"), (True, "q")])
 def test_a_loaded_model_of_images_or_dictionaries_is_the_one_that_was_saved(
-    tmp_path, policy, observation_space, share_features_extractor
+    tmp_path, policy, observation_space, share_features_extractor, advantage
 ):
     def make_env():
         return random_env(observation_space=observation_space)
 
     kwargs = dict(share_features_extractor=share_features_extractor)
-    model = REINFORCE(policy, make_env(), n_steps=8, seed=0, policy_kwargs=kwargs).learn(20)
+    model = REINFORCE(policy, make_env(), n_steps=8, seed=0, policy_kwargs=kwargs, advantage=advantage).learn(20)
     model.save(tmp_path / "model")
     loaded = REINFORCE.load(tmp_path / "model", env=make_env())
     assert_same_parameters(model, loaded)
@@ -222,6 +229,20 @@ def test_a_model_file_has_all_arguments_and_counters(tmp_path):
     assert loaded._stats_window_size == 7
     assert loaded.rollout_buffer.gamma == 0.9
     assert loaded.lr_schedule(0.5) == 5e-3
+
+
+@pytest.mark.parametrize("advantage", ["monte_carlo", "q", "advantage", "td"])
+def test_a_model_file_has_the_advantage_function_and_its_critics(tmp_path, advantage):
+    """Only those that it uses, as they were fitted."""
+    make_model(advantage=advantage, baseline_memory=0.5).learn(50).save(tmp_path / "model")
+    model = REINFORCE.load(tmp_path / "model")
+    assert model.advantage == advantage
+    assert model.policy.value_net.count > 16
+    critic = action_values_of(model.policy)
+    assert (critic is not None) == (advantage in ("q", "advantage"))
+    if critic is not None:
+        assert critic.linear.count == model.policy.value_net.count
+        assert critic.linear.weight.any()
 
 
 SCHEDULES = [
@@ -582,6 +603,7 @@ def test_another_seed_given_to_load_takes_effect(path):
         dict(cg_max_steps=0),
         dict(cg_damping=0),
         dict(max_episode_steps=0),
+        dict(advantage="gae"),
         dict(baseline="cubic"),
         dict(baseline_memory=1.0),
         dict(rollout_buffer_class=dict),
@@ -597,6 +619,8 @@ def test_arguments_of_load_that_are_out_of_range_are_refused_by_name(path, kwarg
 misfits = pytest.mark.parametrize(
     "kwargs",
     [
+        dict(advantage="q"),
+        dict(advantage="td"),
         dict(baseline="quadratic"),
         dict(normalize_observations=False),
         dict(baseline_memory=0.0),
@@ -830,7 +854,7 @@ def test_parameters_that_were_refused_do_not_disturb_learning():
     [
         pytest.param(kwargs, id=name)
         for name, kwargs in CONFIGURATIONS.items()
-        if name not in ("policy_of_sb3", "own_buffer", "n_episodes")
+        if name not in ("policy_of_sb3", "policy_of_sb3_with_action_values", "own_buffer", "n_episodes")
     ],
 )
 def test_a_policy_saved_alone_acts_and_predicts_values_as_before(tmp_path, kwargs):

@@ -83,13 +83,15 @@ def make_model(policy, env, **kwargs):
 
 def check_learns_and_predicts(model):
     """Three steps of the length asked for change the actor, all stays finite, and actions are what environments take."""
+    n_updates = model._n_updates
     before = {name: value.clone() for name, value in model.policy.named_parameters()}
     for _ in range(3):
         model.learn(1, reset_num_timesteps=False)
         assert_stepped_as_asked(model)
-    assert model._n_updates == 3
+    assert model._n_updates == n_updates + 3
     for name, value in model.policy.state_dict().items():
-        assert th.isfinite(value).all(), name
+        # Bounds of actions may be infinite
+        assert th.isfinite(value).all() or name.endswith(("features.low", "features.high")), name
         if name.startswith(("action_net", "mlp_extractor.policy_net", "log_std")):
             assert not th.equal(value, before[name]), name
     for deterministic in (True, False):
@@ -143,6 +145,37 @@ def test_every_baseline_works_with_and_without_normalization(policy, observation
     assert values.shape == (2, 1)
     assert th.isfinite(values).all()
     assert th.any(values != 0) == (baseline is not None)
+
+
+def check_learns_with(model, advantage):
+    """The advantages that are learned from are finite, and there are critics of what they need."""
+    check_learns_and_predicts(model)
+    buffer = model.rollout_buffer
+    assert len(buffer.advantages) == len(buffer.rewards) and np.isfinite(buffer.advantages).all()
+    critics = [buffer.values] if advantage == "td" else [buffer.values, buffer.action_values]
+    assert all(np.isfinite(values).all() and values.any() for values in critics)
+
+
+# The first batch of a critic of actions moves nothing
+@pytest.mark.parametrize("advantage", ["q", "advantage", "td"])
+@pytest.mark.parametrize("action_space", actions("box", "discrete", "multi_discrete", "multi_binary"))
+@pytest.mark.parametrize("policy, observation_space", observations("box", "image_channels_last", "dict_with_gray_image"))
+def test_every_advantage_function_works_in_all_kinds_of_spaces(policy, observation_space, action_space, advantage):
+    model = make_model(policy, random_env(2, observation_space, action_space), advantage=advantage, n_steps=20)
+    check_learns_with(model.learn(1), advantage)
+
+
+@pytest.mark.filterwarnings("ignore:.*Casting input x to numpy array")
+@pytest.mark.parametrize("action_space", actions())
+def test_actions_of_every_space_can_be_valued(action_space):
+    model = make_model("MlpPolicy", random_env(1, VECTOR, action_space), advantage="q", n_steps=20)
+    check_learns_with(model.learn(1), "q")
+
+
+@pytest.mark.parametrize("policy, observation_space", observations(*OBSERVATIONS))
+def test_actions_can_be_valued_in_observations_of_every_space(policy, observation_space):
+    model = make_model(policy, random_env(1, observation_space, CHOICE), advantage="advantage", n_steps=20)
+    check_learns_with(model.learn(1), "advantage")
 
 
 class WideEnv(gym.Env):
