@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from stable_baselines3.common.monitor import load_results
 
-from benchmarks import common, showcase
+from benchmarks import showcase
 from benchmarks.learning import make_model
 from sb3_reinforce import REINFORCE
 
@@ -47,7 +47,7 @@ def test_the_example_leaves_everything_in_the_folder_it_names(
     # The README gets the pictures, and figures that are those of the run
     readme = tmp_path / "README.md"
     readme.write_text("before <!-- train -->old<!-- /train --> after")
-    monkeypatch.setattr(common, "README", readme)
+    monkeypatch.setattr(showcase, "README", readme)
     monkeypatch.setattr(showcase, "IMAGES", tmp_path)
     monkeypatch.setattr(sys, "argv", ["showcase", str(folder)])
     showcase.main()
