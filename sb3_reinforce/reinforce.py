@@ -4,7 +4,7 @@ import io
 import math
 import pathlib
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from copy import copy
 from typing import Any, ClassVar, TypeVar
 
@@ -54,7 +54,7 @@ from sb3_reinforce.policies import (
 )
 from sb3_reinforce.returns import AdvantageName, batch_normalize
 from sb3_reinforce.rollout import collect_episodes, environment_error, seed_next_episodes
-from sb3_reinforce.sampling import explain_nan
+from sb3_reinforce.sampling import explain_nan, torch_seeded_from, update_rng
 from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, wrap_env
 
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
@@ -152,8 +152,8 @@ class REINFORCE(OnPolicyAlgorithm):
     :param policy_kwargs: additional arguments to be passed to the policy on creation
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug
         messages
-    :param seed: Seed for the pseudo random generators. Without one, environments are not seeded, and the noise of the actions
-        follows NumPy's global generator
+    :param seed: Seed for the pseudo random generators. Without one, environments are not seeded, and a seed for the rest (the
+        initial weights, the noise of the actions) is drawn from NumPy's global generator: ``run_seed``
     :param device: Device (cpu, cuda, ...) on which the code should be run, "auto" for the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: when an argument is out of its range, or the spaces of the environment are not supported
@@ -237,6 +237,14 @@ class REINFORCE(OnPolicyAlgorithm):
         self.normalize_observations = normalize_observations
         # Number of the first episode of the next batch
         self._next_episode = 0
+        # Updates since num_timesteps was 0
+        self._n_iterations = 0
+        #: Seed of all that is random in a run but the environments: ``seed``, or one that is drawn
+        self.run_seed: Any = seed
+        # What a file gets while a rollout or its update is on; what had been logged then, and not been written
+        self._rollout_start: dict[str, Any] | None = None
+        self._logged: dict[str, Any] = {}
+        self._is_learning = self._has_told = False
 
         if env is not None:
             self._attach_env(env, policy)
@@ -264,6 +272,8 @@ class REINFORCE(OnPolicyAlgorithm):
         check_hyperparameters(self)
         self._setup_lr_schedule()
         check_scheduled("learning_rate", self.lr_schedule(1.0), 1.0)
+        if self.run_seed is None:
+            self.run_seed = int(np.random.randint(2**31))
         self.set_random_seed(self.seed)
         self.file_format = FILE_FORMAT
         self.rollout_buffer_class = self.rollout_buffer_class or EpisodeRolloutBuffer
@@ -285,14 +295,17 @@ class REINFORCE(OnPolicyAlgorithm):
             normalize_observations=self.normalize_observations,
             action_values=action_values,
         )
-        policy = self.policy_class(
-            self.observation_space,
-            self.action_space,
-            self.lr_schedule,
-            use_sde=self.use_sde,
-            **(own_kwargs if is_own else {}),
-            **self.policy_kwargs,
-        )
+        # A seed that was drawn makes the same weights as one that is given, and leaves PyTorch's generator as it was
+        with th.random.fork_rng(devices=[], enabled=self.seed is None):
+            th.default_generator.manual_seed(self.run_seed)
+            policy = self.policy_class(
+                self.observation_space,
+                self.action_space,
+                self.lr_schedule,
+                use_sde=self.use_sde,
+                **(own_kwargs if is_own else {}),
+                **self.policy_kwargs,
+            )
         assert isinstance(policy, ActorCriticPolicy)
         if not is_own:
             install_critics(policy, self.baseline, self.baseline_memory, self.baseline_kwargs, action_values)
@@ -303,7 +316,7 @@ class REINFORCE(OnPolicyAlgorithm):
         """Seed the generators of Python, NumPy, PyTorch, the action space and the environments, and the episodes to come."""
         super().set_random_seed(seed)
         if seed is not None:
-            self.seed = seed
+            self.seed = self.run_seed = seed
 
     def _next_schedule(self, n_rollout_steps: int | None) -> EpisodeSchedule:
         min_transitions = (n_rollout_steps or 0) * self.n_envs
@@ -326,9 +339,10 @@ class REINFORCE(OnPolicyAlgorithm):
         :return: False if the callback ended the rollout before its time
         """
         self._num_timesteps_before_rollout = self.num_timesteps
+        self._rollout_start = dict(self._resume_point(), _last_obs=None)
+        self.logger.record("rollout/seed", self.run_seed, exclude="tensorboard")
         schedule = self._next_schedule(n_rollout_steps)
-        noise_seed = int(np.random.randint(2**31)) if self.seed is None else self.seed
-        if not collect_episodes(self, callback, rollout_buffer, schedule, noise_seed, self.bootstrap_timeouts):
+        if not collect_episodes(self, callback, rollout_buffer, schedule, self.run_seed, self.bootstrap_timeouts):
             return False
 
         values, action_values, features = rollout_buffer.values, None, None
@@ -353,7 +367,7 @@ class REINFORCE(OnPolicyAlgorithm):
         :raises ValueError: when the gradient, or the policy after the step, is not finite
         """
         buffer, policy = self.rollout_buffer, self.policy
-        advantage_std = buffer.advantages.std()
+        advantage_std = float(buffer.advantages.std())
         if self.normalize_advantage:
             buffer.advantages = batch_normalize(buffer.advantages)
 
@@ -363,9 +377,10 @@ class REINFORCE(OnPolicyAlgorithm):
             policy.set_training_mode(True)
             policy.zero_grad()
             losses: dict[str, float] = defaultdict(float)
-            for batch in self._batches():
-                for name, part in self._add_gradient(batch).items():
-                    losses[name] += part * len(batch.returns) / buffer.size()
+            with torch_seeded_from(update_rng(self.run_seed, self._n_updates), self.device):
+                for batch in self._batches():
+                    for name, part in self._add_gradient(batch).items():
+                        losses[name] += part * len(batch.returns) / buffer.size()
             grad_norm = self._gradient_norm()
             policy.set_training_mode(False)
 
@@ -390,6 +405,7 @@ class REINFORCE(OnPolicyAlgorithm):
             _, self._n_updates, self._next_episode = before
             policy.set_training_mode(False)
             raise
+        self._rollout_start = None
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in losses.items():
@@ -410,7 +426,7 @@ class REINFORCE(OnPolicyAlgorithm):
             predicted["action_"] = buffer.action_values
         for kind, values in predicted.items():
             self.logger.record(f"train/{kind}explained_variance", explained_variance(values, buffer.returns))
-            self.logger.record(f"train/{kind}value_loss", np.mean((buffer.returns - values) ** 2))
+            self.logger.record(f"train/{kind}value_loss", float(np.mean((buffer.returns - values) ** 2)))
 
     def _actions(self) -> th.Tensor:
         """(n_transitions, action_dim) the actions of the batch, as they were sampled."""
@@ -556,13 +572,25 @@ class REINFORCE(OnPolicyAlgorithm):
         # update, and at its end for the last one, which with whole episodes may be the only one
         super()._update_current_progress_remaining(self._num_timesteps_before_rollout, total_timesteps)
 
+    def _tell_limits(self) -> None:
+        """Say once if a run cannot be repeated, or be resumed exactly."""
+        reasons = []
+        if self.seed is None:
+            reasons.append(f"there is no seed for environments (weights and actions are those of seed={self.run_seed})")
+        if not isinstance(env := self.env.unwrapped, EpisodeVecEnv):  # type: ignore[union-attr]
+            reasons.append(f"a {type(env).__name__} does not seed each episode")
+        if reasons and self.verbose >= 1 and not self._has_told:
+            print(f"Another run, or one resumed from a file, will not be the same to the last bit: {', and '.join(reasons)}")
+        self._has_told = True
+
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("The model has no environment to learn from: give one to load() or set_env()")
         if reset_num_timesteps:
-            self._last_obs = None
+            self._last_obs = self._rollout_start = None
+            self._n_iterations = 0
         is_reset, episode_env = self._last_obs is None, self.env.unwrapped
         if is_reset:
             seed_next_episodes(self.env, self._next_schedule(None))
@@ -572,6 +600,13 @@ class REINFORCE(OnPolicyAlgorithm):
             if self._last_obs is None:
                 raise environment_error(self.env, error, "in reset()") from error
             raise
+        if not reset_num_timesteps:
+            for name, (value, count, excluded) in self._logged.items():
+                # Files have lists for tuples
+                self.logger.record(name, value, tuple(excluded or ()))
+                self.logger.name_to_count[name] = count
+        self._logged = {}
+        self._tell_limits()
         if isinstance(episode_env, EpisodeVecEnv):
             if is_reset:
                 episode_env.owner = self
@@ -591,19 +626,75 @@ class REINFORCE(OnPolicyAlgorithm):
     ) -> SelfREINFORCE:
         if progress_bar:
             given = callback if isinstance(callback, list) else [callback]
-            callback = [*(c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given), StepsProgressBar()]
-        return super().learn(
-            total_timesteps=total_timesteps,
-            callback=callback,
-            log_interval=log_interval,
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
+            callback = [StepsProgressBar(), *(c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given if c)]
+        total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name)
+        # SB3 counts within each call: what is logged when would depend on how a run is divided into calls
+        iteration = self._n_iterations
+        callback.on_training_start(locals(), globals())
+        assert self.env is not None
+
+        self._is_learning = True
+        try:
+            while self.num_timesteps < total_timesteps:
+                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
+                    break
+                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                iteration += 1
+                if log_interval is not None and iteration % log_interval == 0:
+                    self.dump_logs(iteration)
+                self.train()
+                self._n_iterations = iteration
+        finally:
+            self._is_learning = False
+            self._logged = self._resume_point()["_logged"]
+        callback.on_training_end()
+        return self
+
+    def _resume_point(self) -> dict[str, Any]:
+        """What changes within a rollout and is saved, as it is now."""
+        logged = {}
+        if (logger := getattr(self, "_logger", None)) is not None:
+            for name, value in logger.name_to_value.items():
+                if isinstance(value, np.ScalarType):
+                    logged[name] = value, logger.name_to_count.get(name, 0), logger.name_to_excluded.get(name)
+        return dict(
+            num_timesteps=self.num_timesteps,
+            ep_info_buffer=copy(self.ep_info_buffer),
+            ep_success_buffer=copy(self.ep_success_buffer),
+            _logged=logged,
         )
+
+    def _excluded_save_params(self) -> list[str]:
+        # The checkpoint callback includes the sizes
+        return [*super()._excluded_save_params(), "_rollout_start", "_is_learning", "_has_told", "_monitor_sizes"]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all attributes and parameters in a zip-file, see SB3.
+
+        A rollout that is running, or was stopped, is not part of it, and its steps do not count as taken: loaded, the model
+        collects the same episodes again.
+        """
+        now = self.__dict__.copy()
+        point = self._rollout_start or self._resume_point()
+        self.__dict__.update(point)
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self.__dict__.update({name: now[name] for name in point})
 
     def set_parameters(
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
-        """Load parameters from a zip-file or a nested dictionary, see SB3. If they do not fit, nothing is changed."""
+        """
+        Load parameters (of policy, baseline, observation statistics and optimizer) from a zip-file or a nested dictionary, see
+        SB3. If they do not fit, nothing is changed. Nothing in the file is executed: PyTorch reads weights only.
+        """
         before = clone(self.get_parameters())
         try:
             super().set_parameters(load_path_or_dict, exact_match, device)
@@ -621,6 +712,14 @@ class REINFORCE(OnPolicyAlgorithm):
     ) -> SelfREINFORCE:
         """
         Load the model from a zip-file, see SB3's ``BaseAlgorithm.load``.
+
+        ``load(path, env).learn(rest, reset_num_timesteps=False)`` continues a seeded run as if it had not been stopped: to the
+        last bit, on the same machine, on an :class:`~sb3_reinforce.vec_env.EpisodeVecEnv` that no wrapper steps along, with an
+        environment whose ``reset(seed=...)`` leaves nothing of earlier episodes. Other ``VecEnv`` are not seeded by episode:
+        there, training goes on with other episodes, as it does without a seed.
+
+        Loading a file can execute code that is hidden in it: its attributes are pickled. Of a file from someone else, load the
+        weights alone into a new model, by :meth:`set_parameters`.
 
         :param path: path to the file (or a file-like) where to load the agent from
         :param env: The environment to learn from, as in the constructor; None if the model is to predict only

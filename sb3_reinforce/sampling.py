@@ -37,6 +37,11 @@ def episode_rng(seed: int, number: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, 1)))
 
 
+def update_rng(seed: int, n_updates: int) -> np.random.Generator:
+    """Generator of what is random in an update (dropout), from the model's seed and the number of updates before it."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n_updates, 2)))
+
+
 def categorical_actions(logits: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """
     Sample from softmax distributions: the largest of the logits plus Gumbel noise (Gumbel, 1954; Maddison et al., 2014).
