@@ -30,7 +30,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization, unwrap_vec_normalize
 
 from benchmarks.common import RESULTS, provenance, write_json
-from sb3_reinforce import REINFORCE
+from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
 from sb3_reinforce.vec_env import EpisodeVecEnv
 
 FOLDER = RESULTS / "learning"
@@ -135,7 +135,9 @@ def make_model(
         )
         experiment = manager.setup_experiment()
     assert experiment is not None
-    return experiment[0], dict(total_timesteps=manager.n_timesteps, callback=manager.callbacks)
+    # The folder of checkpoints is gone
+    callbacks = [callback for callback in manager.callbacks if not isinstance(callback, AtomicCheckpointCallback)]
+    return experiment[0], dict(total_timesteps=manager.n_timesteps, callback=callbacks)
 
 
 def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:

@@ -3,8 +3,10 @@ Train REINFORCE on LunarLanderContinuous-v3, evaluate it, and leave everything t
 
     python examples/lunar_lander.py                 # what `make train` runs
     python examples/lunar_lander.py --seed 1 --threshold 280
+    python examples/lunar_lander.py --resume runs/LunarLanderContinuous-v3_1
 
-Training ends as soon as an evaluation is good enough. The folder (named at the beginning and at the end) holds the model,
+Training ends as soon as an evaluation is good enough. A run that was stopped, or killed, goes on from its last checkpoint with
+--resume, and ends with the weights that it would have had. The folder (named at the beginning and at the end) holds the model,
 monitor files (return, length and time of each training episode), the TensorBoard log, a learning curve, a video of one episode
 of the trained policy, and a summary of it all.
 """
@@ -21,12 +23,12 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
+from stable_baselines3.common.callbacks import EvalCallback, EveryNTimesteps, StopTrainingOnRewardThreshold
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
 
-from sb3_reinforce import REINFORCE
+from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, newest_checkpoint
 
 try:
     import imageio.v2 as imageio
@@ -41,31 +43,66 @@ SOLVED = 200.0
 EVALUATION_SEED = 2**31 + 10_000
 
 
+class SeededEvaluations(EvalCallback):
+    """Evaluates on the same episodes each time, however often it has done so before."""
+
+    def _on_step(self) -> bool:
+        self.eval_env.seed(EVALUATION_SEED)
+        return super()._on_step()
+
+    def read(self, path: Path, last_step: int) -> int:
+        """Remember the evaluations that a file has up to a step; returns the step of the latest one."""
+        if path.exists():
+            with np.load(path) as saved:
+                n = int(np.sum(saved["timesteps"] <= last_step))
+                self.evaluations_timesteps = saved["timesteps"][:n].tolist()
+                self.evaluations_results = saved["results"][:n].tolist()
+                self.evaluations_length = saved["ep_lengths"][:n].tolist()
+        self.best_mean_reward = max((float(np.mean(returns)) for returns in self.evaluations_results), default=-np.inf)
+        return max(self.evaluations_timesteps, default=0)
+
+
 def main() -> None:
     arguments = parse_arguments()
-    folder = new_folder(arguments.runs)
+    folder = arguments.resume or new_folder(arguments)
     print(f"Training on {ENV} until it is solved; everything goes to {folder}")
     # Networks of this size are fastest on one thread
     th.set_num_threads(1)
 
     # The limit of 400 steps makes more episodes of the same steps: a lander that hovers, or fires on the ground, takes 1000
     env_kwargs = dict(render_mode=None, max_episode_steps=400)
-    env = make_vec_env(ENV, n_envs=8, env_kwargs=env_kwargs, monitor_dir=str(folder))
-    model = REINFORCE(
-        "MlpPolicy", env, n_steps=125, tensorboard_log=str(folder / "tensorboard"), seed=arguments.seed, device="cpu"
-    )
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    monitor_kwargs = dict(override_existing=checkpoint is None)
+    env = make_vec_env(ENV, n_envs=8, env_kwargs=env_kwargs, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
+    if checkpoint is None:
+        model = REINFORCE(
+            "MlpPolicy", env, n_steps=125, tensorboard_log=str(folder / "tensorboard"), seed=arguments.seed, device="cpu"
+        )
+    else:
+        model = REINFORCE.load(checkpoint, env, device="cpu", tensorboard_log=str(folder / "tensorboard"))
+        print(f"Going on from {checkpoint}")
     evaluation_env = make_vec_env(ENV, n_envs=10, seed=EVALUATION_SEED, env_kwargs=dict(render_mode=None))
     stop = StopTrainingOnRewardThreshold(arguments.threshold)
-    evaluations = EvalCallback(
-        evaluation_env,
-        callback_on_new_best=stop,
-        n_eval_episodes=20,
-        eval_freq=10_000 // env.num_envs,
-        log_path=str(folder),
-        verbose=0,
+    evaluations = SeededEvaluations(
+        evaluation_env, callback_on_new_best=stop, n_eval_episodes=20, eval_freq=1, log_path=str(folder), verbose=0
     )
+    evaluate_now_and_then = EveryNTimesteps(10_000, evaluations)
+    evaluate_now_and_then.last_time_trigger = evaluations.read(folder / "evaluations.npz", model.num_timesteps)
+    checkpoints = AtomicCheckpointCallback(
+        folder / "checkpoints", every_n_minutes=0.1, resume_command=f"python examples/lunar_lander.py --resume {folder}"
+    )
+    callbacks = [evaluate_now_and_then, checkpoints]
     started = time.perf_counter()
-    model.learn(arguments.timesteps, callback=evaluations, progress_bar=True)
+    try:
+        model.learn(
+            arguments.timesteps - model.num_timesteps,
+            callback=callbacks,
+            reset_num_timesteps=checkpoint is None,
+            progress_bar=True,
+        )
+    except KeyboardInterrupt:
+        # The callback has said how to go on
+        raise SystemExit(130) from None
     seconds = time.perf_counter() - started
     model.save(folder / "model")
 
@@ -87,15 +124,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timesteps", type=int, default=1_000_000, help="most steps to train for")
     parser.add_argument("--evaluation-episodes", type=int, default=100)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to make the folder")
-    return parser.parse_args()
+    parser.add_argument("--resume", type=Path, help="go on with the run in this folder, with the arguments it began with")
+    arguments = parser.parse_args()
+    if arguments.resume is not None:
+        try:
+            saved = json.loads((arguments.resume / "arguments.json").read_text())
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--resume {arguments.resume}: there is no run to go on with ({error})") from error
+        parser.set_defaults(**saved)
+        arguments = parser.parse_args()
+    return arguments
 
 
-def new_folder(parent: Path) -> Path:
-    """The first of parent/LunarLanderContinuous-v3_1, _2, ... that is not there yet."""
+def new_folder(arguments: argparse.Namespace) -> Path:
+    """The first of runs/LunarLanderContinuous-v3_1, _2, ... that is not there yet, with the arguments in it."""
     number = 1
-    while (folder := parent / f"{ENV}_{number}").exists():
+    while (folder := arguments.runs / f"{ENV}_{number}").exists():
         number += 1
     folder.mkdir(parents=True)
+    saved = {name: value for name, value in vars(arguments).items() if name not in ("runs", "resume")}
+    (folder / "arguments.json").write_text(json.dumps(saved) + "\n")
     return folder
 
 
@@ -174,7 +222,7 @@ def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: fl
 | versions | {", ".join(f"{name} {number}" for name, number in versions.items())} |
 | command | `{command}` |
 
-- `model.zip`: `REINFORCE.load("{folder}/model")`
+- `model.zip`: `REINFORCE.load("{folder}/model")`; `checkpoints/`: from which `--resume {folder}` goes on
 - `learning_curve.png`, `*.monitor.csv`: return and length of every training episode (SB3's `load_results` reads them)
 - `evaluations.npz`: returns of the deterministic policy during training (SB3's `EvalCallback`)
 - `landing.mp4`: one episode of the deterministic policy, return {video_return:.0f}

@@ -3,13 +3,16 @@ RL Zoo: its own commands, with ``reinforce`` among the algorithms.
 
     python -m sb3_reinforce.zoo train --env LunarLanderContinuous-v3     # or: sb3-reinforce train ...
     python -m sb3_reinforce.zoo enjoy --env LunarLanderContinuous-v3
+    python -m sb3_reinforce.zoo train --env LunarLanderContinuous-v3 -i logs/reinforce/LunarLanderContinuous-v3_1   # goes on
 
 A script of your own calls :func:`register` before it calls rl_zoo3.
 """
 
 import argparse
+import functools
 import importlib
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -20,10 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from torch import nn
 
-from sb3_reinforce.callbacks import StepsProgressBar
+from sb3_reinforce.callbacks import AtomicCheckpointCallback, StepsProgressBar, newest_checkpoint
 from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.vec_env import EpisodeVecEnv
 
@@ -71,11 +75,35 @@ def register() -> None:
 
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
+            self.goes_on = self.algo == ALGO and self.continue_training and is_checkpoint(self.trained_agent)
             if self.algo == ALGO:
                 self.config = find_config(kwargs.get("config"))
                 # REINFORCE makes this of a plain DummyVecEnv itself, but not of one below a wrapper
                 if self.vec_env_class is DummyVecEnv:
                     self.vec_env_class = EpisodeVecEnv
+            if self.goes_on:
+                # In the folder of the run, not in one of its own
+                self.save_path = os.path.dirname(self.trained_agent)
+                self.params_path = f"{self.save_path}/{self.env_name}"
+                self.monitor_kwargs["override_existing"] = False
+
+        def create_callbacks(self) -> None:
+            super().create_callbacks()
+            if self.algo == ALGO and not self.optimize_hyperparameters:
+                command = f"sb3-reinforce train ... -i {self.save_path}, with the other options as they were"
+                self.callbacks.append(AtomicCheckpointCallback(self.save_path, resume_command=command))
+
+        def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+            if not self.goes_on:
+                return super()._load_pretrained_agent(hyperparams, env)
+            # With the seed and the hyperparameters that it has
+            print(f"Going on from {self.trained_agent}")
+            model = REINFORCE.load(
+                self.trained_agent, env, device=self.device, tensorboard_log=self.tensorboard_log, verbose=self.verbose
+            )
+            self.n_timesteps -= model.num_timesteps
+            model.learn = functools.partial(model.learn, reset_num_timesteps=False)  # type: ignore[method-assign]
+            return model
 
     # Both modules have a name for it, whichever is imported from
     rl_zoo3.exp_manager.ExperimentManager = rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]
@@ -84,6 +112,27 @@ def register() -> None:
     rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER[ALGO] = sample_reinforce_params
     rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER[ALGO] = convert_reinforce_params
     rl_zoo3.ALGOS[ALGO] = REINFORCE
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a file is named as those of :class:`~sb3_reinforce.callbacks.AtomicCheckpointCallback` are."""
+    return re.fullmatch(r"checkpoint_\d+_steps\.zip", os.path.basename(path)) is not None
+
+
+def find_checkpoint(options: list[str]) -> list[str]:
+    """
+    Options of ``train`` with the newest checkpoint in the place of the folder that ``-i`` names.
+
+    :raises SystemExit: if there is none
+    """
+    options = options.copy()
+    for idx, option in enumerate(options[1:], start=1):
+        if options[idx - 1] in ("-i", "--trained-agent") and os.path.isdir(option):
+            checkpoint = newest_checkpoint(option)
+            if checkpoint is None:
+                raise SystemExit(f"{option} has no checkpoint to go on from")
+            options[idx] = str(checkpoint)
+    return options
 
 
 def find_config(name: str | None) -> str:
@@ -208,7 +257,8 @@ def main() -> None:
 
     command = arguments.command
     # A repeated option overrides the default
-    sys.argv = [f"sb3-reinforce {command}", *COMMANDS[command], *arguments.options]
+    options = find_checkpoint(arguments.options) if command == "train" else arguments.options
+    sys.argv = [f"sb3-reinforce {command}", *COMMANDS[command], *options]
     if command not in _SCRIPTS:
         getattr(importlib.import_module("rl_zoo3.cli"), command)()
         return
