@@ -15,6 +15,8 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import shutil
 import sys
 import time
 from importlib.metadata import version
@@ -29,6 +31,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
 
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, newest_checkpoint
+from sb3_reinforce.callbacks import restore_evaluations
 
 try:
     import imageio.v2 as imageio
@@ -44,22 +47,13 @@ EVALUATION_SEED = 2**31 + 10_000
 
 
 class SeededEvaluations(EvalCallback):
-    """Evaluates on the same episodes each time, however often it has done so before."""
+    """Evaluates on the same episodes each time; its file is there in full or not at all."""
 
     def _on_step(self) -> bool:
         self.eval_env.seed(EVALUATION_SEED)
-        return super()._on_step()
-
-    def read(self, path: Path, last_step: int) -> int:
-        """Remember the evaluations that a file has up to a step; returns the step of the latest one."""
-        if path.exists():
-            with np.load(path) as saved:
-                n = int(np.sum(saved["timesteps"] <= last_step))
-                self.evaluations_timesteps = saved["timesteps"][:n].tolist()
-                self.evaluations_results = saved["results"][:n].tolist()
-                self.evaluations_length = saved["ep_lengths"][:n].tolist()
-        self.best_mean_reward = max((float(np.mean(returns)) for returns in self.evaluations_results), default=-np.inf)
-        return max(self.evaluations_timesteps, default=0)
+        goes_on = super()._on_step()
+        Path(f"{self.log_path}.npz").replace(Path(str(self.log_path)).with_name("evaluations.npz"))
+        return goes_on
 
 
 def main() -> None:
@@ -72,6 +66,9 @@ def main() -> None:
     # The limit of 400 steps makes more episodes of the same steps: a lander that hovers, or fires on the ground, takes 1000
     env_kwargs = dict(render_mode=None, max_episode_steps=400)
     checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        # Of a run that was killed before its first checkpoint
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     monitor_kwargs = dict(override_existing=checkpoint is None)
     env = make_vec_env(ENV, n_envs=8, env_kwargs=env_kwargs, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
     if checkpoint is None:
@@ -86,10 +83,13 @@ def main() -> None:
     evaluations = SeededEvaluations(
         evaluation_env, callback_on_new_best=stop, n_eval_episodes=20, eval_freq=1, log_path=str(folder), verbose=0
     )
+    evaluations.log_path = str(folder / ".evaluations")
     evaluate_now_and_then = EveryNTimesteps(10_000, evaluations)
-    evaluate_now_and_then.last_time_trigger = evaluations.read(folder / "evaluations.npz", model.num_timesteps)
+    evaluate_now_and_then.last_time_trigger = restore_evaluations(evaluations, folder / "evaluations.npz", model.num_timesteps)
     checkpoints = AtomicCheckpointCallback(
-        folder / "checkpoints", every_n_minutes=0.1, resume_command=f"python examples/lunar_lander.py --resume {folder}"
+        folder / "checkpoints",
+        every_n_minutes=0.1,
+        resume_command=f"python examples/lunar_lander.py --resume {shlex.quote(str(folder))}",
     )
     callbacks = [evaluate_now_and_then, checkpoints]
     started = time.perf_counter()
@@ -107,6 +107,8 @@ def main() -> None:
     model.save(folder / "model")
 
     print(f"Evaluating the deterministic policy over {arguments.evaluation_episodes} episodes")
+    # Not those that have ended training
+    evaluation_env.seed(EVALUATION_SEED + 1000)
     returns, lengths = evaluate_policy(model, evaluation_env, arguments.evaluation_episodes, return_episode_rewards=True)
 
     plot_learning_curve(folder)

@@ -1,19 +1,21 @@
 """Checkpoints from which training goes on as if it had not stopped, and a progress bar that knows of idle environments."""
 
+import glob
 import io
 import json
-import math
 import os
 import pickle
 import re
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.logger import TensorBoardOutputFormat
 
 from sb3_reinforce.checks import check_count, read_model_file
@@ -83,24 +85,27 @@ class AtomicCheckpointCallback(BaseCallback):
         self.keep = keep
         self.name_prefix = name_prefix
         self.resume_command = resume_command
+        # What signals did before this callback, and the one that has come
         self._handlers: dict[int, Any] = {}
         self._signal: int | None = None
 
     def _init_callback(self) -> None:
         self.save_path.mkdir(parents=True, exist_ok=True)
         # What a process that was killed has not finished
-        for path in self.save_path.glob(f".{self.name_prefix}_*.tmp"):
+        for path in self.save_path.glob(f".{glob.escape(self.name_prefix)}_*.tmp"):
             path.unlink(missing_ok=True)
 
     def _on_training_start(self) -> None:
         self._drop_what_comes_again()
+        self._monitors = monitor_states(self.training_env)
         self._last_save = self.model._n_updates, time.monotonic()
+        self._newest: tuple[Path, int] | None = None
         self._signal = None
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _on_rollout_start(self) -> None:
-        self._sizes = monitor_sizes(self.training_env)
+        self._monitors = monitor_states(self.training_env)
         n_updates, moment = self._last_save
         if self.every_n_updates is not None:
             is_due = self.model._n_updates - n_updates >= self.every_n_updates
@@ -114,74 +119,85 @@ class AtomicCheckpointCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         if self.model._rollout_start is None:
-            self._sizes = monitor_sizes(self.training_env)
+            self._monitors = monitor_states(self.training_env)
         self._save()
-        handlers = self._handlers
-        self._restore_handlers()
+        self.release_signals()
         number, self._signal = self._signal, None
         if number is None:
             return
-        path = newest_checkpoint(self.save_path, self.name_prefix)
-        # Private, but what SB3's own callbacks look at
-        n_steps = self.model._total_timesteps - _num_timesteps(self.model)
-        command = f"REINFORCE.load({str(path)!r}, env).learn({n_steps}, reset_num_timesteps=False)"
-        line = f"Stopped by {signal.Signals(number).name}. To go on: {self.resume_command or command}"
+        line = f"Stopped by {signal.Signals(number).name}."
+        if self._newest is not None:
+            path, n_steps = self._newest
+            # Private, but what SB3's own callbacks look at
+            n_left = self.model._total_timesteps - n_steps
+            command = f"REINFORCE.load({str(path)!r}, env).learn({n_left}, reset_num_timesteps=False)"
+            line += f" To go on: {self.resume_command or command}"
         print(line, flush=True)
         if number == signal.SIGINT:
             raise KeyboardInterrupt(line)
-        if callable(handlers.get(number)):
+        if callable(self._handlers[number]):
             signal.raise_signal(number)
         raise SystemExit(128 + number)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._restore_handlers()
-        if self.model._is_learning:
-            self._signal = number
-        else:
-            # An error has ended training, of which callbacks do not hear
-            signal.raise_signal(number)
+        self._signal = number
+        self.release_signals()
 
-    def _restore_handlers(self) -> None:
+    def release_signals(self) -> None:
+        """Let signals do what they did before training. ``REINFORCE.learn()`` calls this when an error ends it."""
         for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._handlers = {}
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _save(self) -> None:
         model, n_steps = self.model, _num_timesteps(self.model)
         content = io.BytesIO()
-        model._monitor_sizes = n_steps, self._sizes
-        model.save(content, include=["_monitor_sizes"])
+        logs = [Path(output.writer.log_dir).name for output in _tensorboard_outputs(self.logger)]
+        model._log_state = dict(n_steps=n_steps, monitors=self._monitors, tensorboard=logs)
+        try:
+            model.save(content, include=["_log_state"])
+        finally:
+            del model._log_state
         path = self.save_path / f"{self.name_prefix}_{n_steps}_steps.zip"
         try:
             if (normalize := model.get_vec_normalize_env()) is not None:
-                write_atomically(_statistics_path(path), pickle.dumps(normalize))
+                write_atomically(statistics_path(path), pickle.dumps(normalize))
             write_atomically(path, content.getvalue())
         except OSError as error:
+            if not path.exists():
+                statistics_path(path).unlink(missing_ok=True)
             print(f"The checkpoint {path} was not saved, and training goes on: {error}", flush=True)
             return
         self._last_save = model._n_updates, time.monotonic()
+        self._newest = path, n_steps
         if self.verbose >= 1:
             print(f"Saved {path}")
-        for _, old in _checkpoints(self.save_path, self.name_prefix)[: -self.keep]:
+        # Those of more steps are from another run
+        for _, old in [entry for entry in _checkpoints(self.save_path, self.name_prefix) if entry[0] <= n_steps][: -self.keep]:
             old.unlink(missing_ok=True)
-            _statistics_path(old).unlink(missing_ok=True)
+            statistics_path(old).unlink(missing_ok=True)
 
     def _drop_what_comes_again(self) -> None:
-        n_steps, sizes = vars(self.model).pop("_monitor_sizes", (None, {}))
+        state = vars(self.model).pop("_log_state", None)
         # Not what a model has learned since it was loaded
-        if n_steps != self.model.num_timesteps:
+        if state is None or state["n_steps"] != self.model.num_timesteps:
             return
-        for monitor in _monitors(self.training_env):
+        for monitor, (name, size, header) in zip(_file_monitors(self.training_env), state["monitors"], strict=False):
             path = Path(monitor.results_writer.file_handler.name)
-            # A smaller one was begun anew
-            if path.exists() and path.stat().st_size >= sizes.get(path.name, math.inf):
-                os.truncate(path, sizes[path.name])
+            # Another header: it was begun anew
+            if path.name == name and path.exists() and path.stat().st_size >= size and _header(path) == header:
+                os.truncate(path, size)
                 # Times count from the beginning of the file
-                with open(path) as file:
-                    monitor.t_start = json.loads(file.readline()[1:])["t_start"]
-        for output in self.logger.output_formats:
-            if isinstance(output, TensorBoardOutputFormat):
-                drop_events(Path(output.writer.log_dir), n_steps)
+                if header.startswith("#"):
+                    monitor.t_start = json.loads(header[1:])["t_start"]
+        for output in _tensorboard_outputs(self.logger):
+            folder = Path(output.writer.log_dir)
+            # SB3 goes on in the latest folder, which may be that of another run
+            if folder.name in state["tensorboard"]:
+                try:
+                    drop_events(folder, state["n_steps"])
+                except OSError as error:
+                    print(f"Events after the checkpoint stay in {folder}: {error}", flush=True)
 
 
 def newest_checkpoint(folder: str | Path, name_prefix: str = "checkpoint") -> Path | None:
@@ -225,10 +241,37 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
-def monitor_sizes(env: Any) -> dict[str, int]:
-    """Bytes that each ``Monitor`` file of the environments of this process has, by its name."""
-    paths = [Path(monitor.results_writer.file_handler.name) for monitor in _monitors(env)]
-    return {path.name: path.stat().st_size for path in paths if path.exists()}
+def monitor_states(env: Any) -> list[tuple[str, int, str]]:
+    """Name, size in bytes and first line of each ``Monitor`` file of the environments of this process."""
+    paths = [Path(monitor.results_writer.file_handler.name) for monitor in _file_monitors(env)]
+    return [(path.name, path.stat().st_size, _header(path)) if path.exists() else (path.name, 0, "") for path in paths]
+
+
+def _header(path: Path) -> str:
+    with open(path, newline="") as file:
+        return file.readline()
+
+
+def restore_evaluations(callback: EvalCallback, path: str | Path, last_step: int) -> int:
+    """
+    Let an ``EvalCallback`` go on after the evaluations of an earlier run.
+
+    :param callback: the callback; its results, and the best of them, are those of the file
+    :param path: ``evaluations.npz`` of the run, which need not be there
+    :param last_step: later evaluations are left out: they come again
+    :return: step of the latest evaluation, 0 if there is none
+    """
+    try:
+        with np.load(path) as saved:
+            n = int(np.sum(saved["timesteps"] <= last_step))
+            callback.evaluations_timesteps = saved["timesteps"][:n].tolist()
+            callback.evaluations_results = saved["results"][:n].tolist()
+            callback.evaluations_length = saved["ep_lengths"][:n].tolist()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        # Cut short, or never written
+        return 0
+    callback.best_mean_reward = max((float(np.mean(returns)) for returns in callback.evaluations_results), default=-np.inf)
+    return max(callback.evaluations_timesteps, default=0)
 
 
 def drop_events(folder: Path, last_step: int) -> None:
@@ -237,6 +280,8 @@ def drop_events(folder: Path, last_step: int) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
+    for path in folder.glob(".events.out.tfevents.*.tmp"):
+        path.unlink()
     for path in folder.glob("events.out.tfevents.*"):
         events = list(RawEventFileLoader(str(path)).Load())
         kept = [event for event in events if Event.FromString(event).step <= last_step]
@@ -249,7 +294,7 @@ def drop_events(folder: Path, last_step: int) -> None:
             write_atomically(path, content.getvalue())
 
 
-def _monitors(env: Any) -> Iterator[Any]:
+def _file_monitors(env: Any) -> Iterator[Any]:
     """``Monitor`` and ``VecMonitor`` that write files."""
     wrappers = [env, *getattr(env.unwrapped, "envs", [])]
     while wrappers:
@@ -259,13 +304,26 @@ def _monitors(env: Any) -> Iterator[Any]:
         wrappers += [inner for name in ("env", "venv") if (inner := vars(wrapper).get(name)) is not None]
 
 
+def _tensorboard_outputs(logger: Any) -> list[TensorBoardOutputFormat]:
+    return [output for output in logger.output_formats if isinstance(output, TensorBoardOutputFormat)]
+
+
+def release_signals(callback: Any) -> None:
+    """Let signals do what they did before training, wherever among callbacks an :class:`AtomicCheckpointCallback` is."""
+    if isinstance(callback, AtomicCheckpointCallback):
+        callback.release_signals()
+    for inner in [*getattr(callback, "callbacks", []), getattr(callback, "callback", None)]:
+        if isinstance(inner, BaseCallback):
+            release_signals(inner)
+
+
 def _checkpoints(folder: Path, name_prefix: str) -> list[tuple[int, Path]]:
     """Steps and path of each checkpoint, fewest steps first."""
     matches = ((re.fullmatch(rf"{re.escape(name_prefix)}_(\d+)_steps\.zip", path.name), path) for path in folder.glob("*.zip"))
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def _statistics_path(checkpoint: Path) -> Path:
+def statistics_path(checkpoint: Path) -> Path:
     """Where the statistics of ``VecNormalize`` are, as SB3's ``CheckpointCallback`` names it."""
     prefix, n_steps = checkpoint.stem.removesuffix("_steps").rsplit("_", 1)
     return checkpoint.with_name(f"{prefix}_vecnormalize_{n_steps}_steps.pkl")

@@ -159,11 +159,14 @@ def read_model_file(
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile(f"{archive.testzip()} in it is damaged")
             saved = json.loads(archive.read("data"))
+            if not isinstance(saved, dict):
+                raise ValueError("its data are no attributes")
             archive.getinfo("policy.pth"), archive.getinfo("policy.optimizer.pth")
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is no complete model file: it is damaged, cut short, or was never one ({error})") from error
     if saved.get("file_format") != FILE_FORMAT:
-        policy_class = saved.get("policy_class", {}).get("__module__", "unknown")
+        policy_class = saved.get("policy_class")
+        policy_class = policy_class.get("__module__", "unknown") if isinstance(policy_class, dict) else "unknown"
         raise ValueError(
             f"{path} holds a model of another algorithm, or of a version of REINFORCE that cannot be loaded any more: its "
             f"format is {saved.get('file_format')!r}, not {FILE_FORMAT!r}, its policy from {policy_class}. Load it with the "

@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sb3_reinforce.buffers import EpisodeBufferSamples, EpisodeRolloutBuffer
-from sb3_reinforce.callbacks import StepsProgressBar
+from sb3_reinforce.callbacks import StepsProgressBar, release_signals
 from sb3_reinforce.checks import (
     FILE_FORMAT,
     check_hyperparameters,
@@ -53,7 +53,7 @@ from sb3_reinforce.policies import (
     overrides,
 )
 from sb3_reinforce.returns import AdvantageName, batch_normalize
-from sb3_reinforce.rollout import collect_episodes, environment_error, seed_next_episodes
+from sb3_reinforce.rollout import collect_episodes, environment_error, seed_next_episodes, skips_idle_envs
 from sb3_reinforce.sampling import explain_nan, torch_seeded_from, update_rng
 from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, wrap_env
 
@@ -371,7 +371,8 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.normalize_advantage:
             buffer.advantages = batch_normalize(buffer.advantages)
 
-        before = clone(self.get_parameters()), self._n_updates, self._next_episode
+        names = ("_n_updates", "_next_episode", "_n_iterations", "_rollout_start")
+        before = clone(self.get_parameters()), {name: getattr(self, name) for name in names}
         try:
             # The gradient of the loss over the whole batch, in train mode (this affects batch norm / dropout)
             policy.set_training_mode(True)
@@ -398,25 +399,27 @@ class REINFORCE(OnPolicyAlgorithm):
             policy.value_net.fit(features.cpu().numpy(), buffer.returns)  # type: ignore[operator]
             if (critic := action_values_of(policy)) is not None:
                 critic.fit(features, self._actions(), buffer.returns)
-            self._n_updates += 1
-            self._next_episode += int(buffer.episode_starts.sum())
+
+            self.logger.record("train/n_updates", self._n_updates + 1, exclude="tensorboard")
+            for name, value in losses.items():
+                self.logger.record(f"train/{name}", value)
+            self.logger.record("train/grad_norm", grad_norm)
+            if divergence is not None:
+                self.logger.record("train/kl_divergence_loss", divergence)
+            self.logger.record("train/advantage_std", advantage_std)
+            self._log_critics()
+            if hasattr(policy, "log_std"):
+                self.logger.record("train/std", th.exp(policy.log_std).mean().item())
+
+            # At once: a file has either all or nothing of the update
+            n_episodes = int(buffer.episode_starts.sum())
+            after = (self._n_updates + 1, self._next_episode + n_episodes, self._n_iterations + 1, None)
+            self.__dict__.update(zip(names, after, strict=True))
         except BaseException:
             super().set_parameters(before[0])
-            _, self._n_updates, self._next_episode = before
+            self.__dict__.update(before[1])
             policy.set_training_mode(False)
             raise
-        self._rollout_start = None
-
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, value in losses.items():
-            self.logger.record(f"train/{name}", value)
-        self.logger.record("train/grad_norm", grad_norm)
-        if divergence is not None:
-            self.logger.record("train/kl_divergence_loss", divergence)
-        self.logger.record("train/advantage_std", advantage_std)
-        self._log_critics()
-        if hasattr(policy, "log_std"):
-            self.logger.record("train/std", th.exp(policy.log_std).mean().item())
 
     def _log_critics(self) -> None:
         """How well the critic that is used has predicted the returns, before it was fitted to them. One advantage uses two."""
@@ -577,8 +580,11 @@ class REINFORCE(OnPolicyAlgorithm):
         reasons = []
         if self.seed is None:
             reasons.append(f"there is no seed for environments (weights and actions are those of seed={self.run_seed})")
-        if not isinstance(env := self.env.unwrapped, EpisodeVecEnv):  # type: ignore[union-attr]
+        assert self.env is not None
+        if not isinstance(env := self.env.unwrapped, EpisodeVecEnv):
             reasons.append(f"a {type(env).__name__} does not seed each episode")
+        elif self.n_envs > 1 and not skips_idle_envs(self.env):
+            reasons.append(f"a {type(self.env).__name__} steps idle environments along")
         if reasons and self.verbose >= 1 and not self._has_told:
             print(f"Another run, or one resumed from a file, will not be the same to the last bit: {', and '.join(reasons)}")
         self._has_told = True
@@ -639,11 +645,14 @@ class REINFORCE(OnPolicyAlgorithm):
                 if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
                     break
                 self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                iteration += 1
+                iteration = self._n_iterations + 1
                 if log_interval is not None and iteration % log_interval == 0:
                     self.dump_logs(iteration)
                 self.train()
-                self._n_iterations = iteration
+        except BaseException:
+            # Callbacks do not hear of it
+            release_signals(callback)
+            raise
         finally:
             self._is_learning = False
             self._logged = self._resume_point()["_logged"]
@@ -665,8 +674,8 @@ class REINFORCE(OnPolicyAlgorithm):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        # The checkpoint callback includes the sizes
-        return [*super()._excluded_save_params(), "_rollout_start", "_is_learning", "_has_told", "_monitor_sizes"]
+        # The checkpoint callback includes the last one
+        return [*super()._excluded_save_params(), "_rollout_start", "_is_learning", "_has_told", "_log_state"]
 
     def save(
         self,

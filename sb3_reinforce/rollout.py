@@ -36,8 +36,7 @@ class EpisodeSource:
         self.schedule = schedule
         inner = env.unwrapped
         self.episode_env = inner if isinstance(inner, EpisodeVecEnv) else None
-        #: Whether environments without an episode are not stepped: no wrapper may mistake that for steps
-        self.skips_idle_envs = self.episode_env in (env, env.venv if type(env) is VecTransposeImage else env)
+        self.skips_idle_envs = skips_idle_envs(env)
         #: (n_envs,) whether the latest observations are the first of an episode; of use where idle environments are stepped
         self.at_start = np.zeros(env.num_envs, dtype=bool)
         space = env.observation_space
@@ -150,6 +149,11 @@ class EpisodeSource:
                         "is NaN, infinite, or too large for float32 (3.4e38). Nothing was learned from this rollout. Mend the "
                         "environment, or scale or replace such values in a wrapper"
                     )
+
+
+def skips_idle_envs(env: VecEnv) -> bool:
+    """Whether environments without an episode are not stepped: no wrapper may mistake that for steps."""
+    return isinstance(env.venv if type(env) is VecTransposeImage else env, EpisodeVecEnv)
 
 
 def seed_next_episodes(env: VecEnv, schedule: EpisodeSchedule) -> None:

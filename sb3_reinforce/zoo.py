@@ -22,12 +22,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
-from sb3_reinforce.callbacks import AtomicCheckpointCallback, StepsProgressBar, newest_checkpoint
+from sb3_reinforce.callbacks import (
+    AtomicCheckpointCallback,
+    StepsProgressBar,
+    newest_checkpoint,
+    restore_evaluations,
+    statistics_path,
+)
 from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.vec_env import EpisodeVecEnv
 
@@ -70,41 +78,7 @@ def register() -> None:
     if ALGO in rl_zoo3.ALGOS:
         return
 
-    class ExperimentManager(rl_zoo3.exp_manager.ExperimentManager):
-        """rl_zoo3's, with what ``reinforce`` needs. Other algorithms see no difference."""
-
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self.goes_on = self.algo == ALGO and self.continue_training and is_checkpoint(self.trained_agent)
-            if self.algo == ALGO:
-                self.config = find_config(kwargs.get("config"))
-                # REINFORCE makes this of a plain DummyVecEnv itself, but not of one below a wrapper
-                if self.vec_env_class is DummyVecEnv:
-                    self.vec_env_class = EpisodeVecEnv
-            if self.goes_on:
-                # In the folder of the run, not in one of its own
-                self.save_path = os.path.dirname(self.trained_agent)
-                self.params_path = f"{self.save_path}/{self.env_name}"
-                self.monitor_kwargs["override_existing"] = False
-
-        def create_callbacks(self) -> None:
-            super().create_callbacks()
-            if self.algo == ALGO and not self.optimize_hyperparameters:
-                command = f"sb3-reinforce train ... -i {self.save_path}, with the other options as they were"
-                self.callbacks.append(AtomicCheckpointCallback(self.save_path, resume_command=command))
-
-        def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
-            if not self.goes_on:
-                return super()._load_pretrained_agent(hyperparams, env)
-            # With the seed and the hyperparameters that it has
-            print(f"Going on from {self.trained_agent}")
-            model = REINFORCE.load(
-                self.trained_agent, env, device=self.device, tensorboard_log=self.tensorboard_log, verbose=self.verbose
-            )
-            self.n_timesteps -= model.num_timesteps
-            model.learn = functools.partial(model.learn, reset_num_timesteps=False)  # type: ignore[method-assign]
-            return model
-
+    ExperimentManager: Any = type("ExperimentManager", (Experiments, rl_zoo3.exp_manager.ExperimentManager), {})
     # Both modules have a name for it, whichever is imported from
     rl_zoo3.exp_manager.ExperimentManager = rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]
     # SB3's own also counts the steps that idle environments do not take
@@ -112,6 +86,64 @@ def register() -> None:
     rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER[ALGO] = sample_reinforce_params
     rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER[ALGO] = convert_reinforce_params
     rl_zoo3.ALGOS[ALGO] = REINFORCE
+
+
+#: Of a class that is known when rl_zoo3 is imported
+_Base: Any = object
+
+
+class Experiments(_Base):
+    """What rl_zoo3's ``ExperimentManager`` has to do in another way for ``reinforce``; other algorithms see no difference."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.goes_on = self.algo == ALGO and self.continue_training and is_checkpoint(self.trained_agent)
+        if self.algo == ALGO:
+            self.config = find_config(kwargs.get("config"))
+            # REINFORCE makes this of a plain DummyVecEnv itself, but not of one below a wrapper
+            if self.vec_env_class is DummyVecEnv:  # type: ignore[has-type]
+                self.vec_env_class = EpisodeVecEnv
+        if self.goes_on:
+            # In the folder of the run, not in one of its own
+            self.save_path = os.path.dirname(self.trained_agent)
+            self.params_path = f"{self.save_path}/{self.env_name}"
+            self.monitor_kwargs["override_existing"] = False
+
+    def create_callbacks(self) -> None:
+        super().create_callbacks()
+        if self.algo == ALGO and not self.optimize_hyperparameters:
+            command = f"sb3-reinforce train ... -i {self.save_path}, with the other options as they were"
+            self.callbacks.append(AtomicCheckpointCallback(self.save_path, resume_command=command))
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        if not self.goes_on:
+            return super()._load_pretrained_agent(hyperparams, env)
+        # With the seed and the hyperparameters that it has
+        print(f"Going on from {self.trained_agent}")
+        model = REINFORCE.load(
+            self.trained_agent, env, device=self.device, tensorboard_log=self.tensorboard_log, verbose=self.verbose
+        )
+        self.n_timesteps -= model.num_timesteps
+        for callback in self.callbacks:
+            if isinstance(callback, EvalCallback):
+                restore_evaluations(callback, f"{self.save_path}/evaluations.npz", model.num_timesteps)
+        return model
+
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        statistics = statistics_path(Path(self.trained_agent)) if self.goes_on else None
+        if statistics is None or not statistics.exists():
+            return super()._maybe_normalize(env, eval_env)
+        env = VecNormalize.load(str(statistics), env)
+        if eval_env:
+            env.training = env.norm_reward = False
+        return env
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        if not self.goes_on:
+            return super().learn(model)
+        goes_on = functools.partialmethod(REINFORCE.learn, reset_num_timesteps=False)
+        with mock.patch.object(REINFORCE, "learn", goes_on):
+            super().learn(model)
 
 
 def is_checkpoint(path: str) -> bool:
@@ -125,14 +157,15 @@ def find_checkpoint(options: list[str]) -> list[str]:
 
     :raises SystemExit: if there is none
     """
-    options = options.copy()
-    for idx, option in enumerate(options[1:], start=1):
-        if options[idx - 1] in ("-i", "--trained-agent") and os.path.isdir(option):
-            checkpoint = newest_checkpoint(option)
-            if checkpoint is None:
-                raise SystemExit(f"{option} has no checkpoint to go on from")
-            options[idx] = str(checkpoint)
-    return options
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-i", "--trained-agent", default="")
+    arguments, others = parser.parse_known_args(options)
+    if not os.path.isdir(arguments.trained_agent):
+        return options
+    checkpoint = newest_checkpoint(arguments.trained_agent)
+    if checkpoint is None:
+        raise SystemExit(f"{arguments.trained_agent} has no checkpoint to go on from")
+    return [*others, "--trained-agent", str(checkpoint)]
 
 
 def find_config(name: str | None) -> str:

@@ -1,6 +1,9 @@
 """The algorithm: against the article's, written out once more; its update; what interrupts it; its seeds; its defaults."""
 
+import csv
+import io
 import itertools
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecEnv
 from torch import nn
 
 import sb3_reinforce
@@ -29,7 +33,8 @@ from sb3_reinforce import REINFORCE, MlpPolicy, policies, reinforce
 from sb3_reinforce.baselines import LinearBaseline
 from sb3_reinforce.natural_gradient import InverseTimeDecay
 from sb3_reinforce.policies import action_values_of, baseline_features
-from tests.envs import RandomEnv, RandomLengthEnv, ScriptedEnv
+from sb3_reinforce.vec_env import EpisodeVecEnv
+from tests.envs import RandomEnv, RandomLengthEnv, ScriptedEnv, Simulators
 
 LANDER = "LunarLanderContinuous-v3"
 VECTOR = spaces.Box(-1, 1, (3,))
@@ -946,7 +951,7 @@ def test_an_update_that_is_interrupted_at_any_line_is_either_before_it_or_after_
         assert is_before or is_after, f"at {lines[n - 1]}"
         assert not (is_before and n_after), f"at {lines[n - 1]}"
         n_before, n_after = n_before + is_before, n_after + is_after
-    assert n_before > 50 and n_after >= 1
+    assert n_before > 50 and n_after == 0
     restore()
     model.train()
     assert same(snapshot(model), after)
@@ -1015,7 +1020,76 @@ def test_learning_goes_on_after_an_interruption_as_if_there_had_been_none(
     assert same(snapshot(model), snapshot(whole))
 
 
+def test_a_file_saved_after_an_interruption_at_any_line_goes_on_as_if_there_had_been_none(monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C at every line of ``train()``, for the first and for the last time; weights and what is logged are the same."""
+    train, kwargs = REINFORCE.train, dict(n_steps=20, seed=0, policy_kwargs=dict(net_arch=[4]))
+    at, lines = [0], []
+
+    def interrupted_train(self: REINFORCE) -> None:
+        if self._n_updates != 1:
+            train(self)
+            return
+        with interrupted_at_line(at[0]) as seen:
+            try:
+                train(self)
+            finally:
+                lines[:] = seen
+
+    def state(model: REINFORCE) -> dict[str, Any]:
+        values = model.logger.name_to_value
+        logged = {name: values[name] for name in ("time/iterations", "train/n_updates", "train/value_loss", "train/std")}
+        return snapshot(model) | dict(steps=model.num_timesteps, logged=logged)
+
+    def learn(model: REINFORCE, total: int) -> REINFORCE:
+        # Its values stay in the logger
+        monkeypatch.setattr(model, "dump_logs", lambda iteration: model.logger.record("time/iterations", iteration))
+        return model.learn(total, reset_num_timesteps=False)
+
+    monkeypatch.setattr(REINFORCE, "train", interrupted_train)
+    whole = learn(REINFORCE("MlpPolicy", RandomLengthEnv(9), **kwargs), 60)
+    numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.split(":")[0] in ("train", "_log_critics")]
+    last = {line: n for n, line in numbered}
+    first = {line: n for n, line in reversed(numbered)}
+    wrong = []
+    for at[0] in sorted({*first.values(), *last.values()}):
+        model, file = REINFORCE("MlpPolicy", RandomLengthEnv(9), **kwargs), io.BytesIO()
+        with pytest.raises(KeyboardInterrupt):
+            learn(model, 60)
+        line = lines[-1]
+        monkeypatch.undo()
+        model.save(file)
+        resumed = REINFORCE.load(file, env=RandomLengthEnv(9))
+        learn(resumed, 60 - resumed.num_timesteps)
+        if not same(state(resumed), state(whole)):
+            wrong.append(line)
+        monkeypatch.setattr(REINFORCE, "train", interrupted_train)
+    assert wrong == []
+
+
 # Seeds -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_update_has_dropout_of_its_own():
+    """By the model's seed and the number of updates before it: the same again, and not what PyTorch would draw."""
+    dropped: list[th.Tensor] = []
+
+    class Noting(nn.Dropout):
+        def forward(self, values: th.Tensor) -> th.Tensor:
+            result = super().forward(values)
+            if self.training:
+                dropped.append((result == 0)[:, 0])
+            return result
+
+    kwargs: dict[str, Any] = dict(n_steps=40, policy_kwargs=dict(net_arch=[8], activation_fn=lambda: Noting(0.5)))
+    for seed, torch_seed in ((0, 1), (0, 2), (3, 1)):
+        model = REINFORCE("MlpPolicy", ScriptedEnv([40]), seed=seed, **kwargs)
+        th.manual_seed(torch_seed)
+        model.learn(80)
+    # Of the actor alone, once an update
+    patterns = [tuple(pattern.tolist()) for pattern in dropped if len(pattern) == 40]
+    assert len(patterns) == 6
+    assert patterns[:2] == patterns[2:4]
+    assert len({*patterns}) == 4
 
 
 def test_rollouts_of_one_seed_differ():
@@ -1046,15 +1120,160 @@ def test_set_random_seed_fixes_what_follows():
     assert not np.array_equal(results[0], weights(REINFORCE("MlpPolicy", RandomLengthEnv(9), n_steps=50, seed=0).learn(150)))
 
 
-def test_an_unseeded_model_follows_the_global_generators():
-    results = []
-    for seed in (0, 0, 1):
-        np.random.seed(seed)
-        th.manual_seed(0)
-        model = REINFORCE("MlpPolicy", ScriptedEnv([5]), n_steps=50)
-        results.append(weights(model.learn(150)))
-    np.testing.assert_array_equal(*results[:2])
-    assert not np.array_equal(results[0], results[2])
+class SameEnv(ScriptedEnv):
+    """Every episode is the same, whatever it is seeded with; its rewards depend on the actions."""
+
+    def __init__(self) -> None:
+        super().__init__([5])
+
+    def _observation(self) -> Any:
+        return np.array([0, 1, self.steps], dtype=np.float32)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        observation, _, *rest = super().step(action)
+        return observation, float(np.sum(action)), *rest
+
+
+#: Arguments of models without a seed
+UNSEEDED = {
+    "default": dict(),
+    "gsde": dict(use_sde=True, sde_sample_freq=2),
+    "dropout": dict(policy_kwargs=dict(net_arch=[8], activation_fn=lambda: nn.Sequential(nn.Tanh(), nn.Dropout(0.3)))),
+    "policy_of_sb3": dict(policy=ActorCriticPolicy),
+    "actor_critic": dict(advantage="advantage", target_kl=None),
+}
+unseeded = pytest.mark.parametrize("kwargs", [pytest.param(kwargs, id=name) for name, kwargs in UNSEEDED.items()])
+
+
+def make_unseeded(**kwargs: Any) -> REINFORCE:
+    return REINFORCE(env=SameEnv(), **(dict(policy="MlpPolicy", n_steps=20) | kwargs))
+
+
+def global_states() -> list[Any]:
+    """States of the global generators of Python, NumPy and PyTorch."""
+    name, keys, *rest = np.random.get_state()
+    return [random.getstate(), name, keys.tolist(), rest, th.get_rng_state().tolist()]
+
+
+@unseeded
+def test_a_model_without_a_seed_draws_one_from_numpys_global_generator_and_touches_no_other(kwargs: dict[str, Any]):
+    np.random.seed(5)
+    expected = int(np.random.randint(2**31))
+    after_one_draw = global_states()
+    np.random.seed(5)
+    model = make_unseeded(**kwargs)
+    assert model.seed is None and model.run_seed == expected
+    assert global_states() == after_one_draw
+    model.learn(60)
+    assert model._n_updates >= 3
+    assert global_states() == after_one_draw
+    assert model.run_seed == expected
+
+
+@unseeded
+def test_a_model_with_the_seed_that_was_drawn_is_the_same(kwargs: dict[str, Any]):
+    """Where episodes are the same without a seed of their own, training is the same too."""
+    drawn = make_unseeded(**kwargs)
+    given = make_unseeded(seed=drawn.run_seed, **kwargs)
+    other = make_unseeded(seed=drawn.run_seed + 1, **kwargs)
+    assert given.run_seed == given.seed == drawn.run_seed
+    for _ in range(2):
+        assert same(snapshot(drawn), snapshot(given))
+        assert not same(snapshot(drawn), snapshot(other))
+        for model in (drawn, given, other):
+            model.learn(60, reset_num_timesteps=False)
+        np.testing.assert_array_equal(drawn.rollout_buffer.actions, given.rollout_buffer.actions)
+
+
+def test_environments_are_given_no_seed_without_one():
+    env = DummyVecEnv([lambda: ScriptedEnv([3, 5]) for _ in range(2)])
+    model = REINFORCE("MlpPolicy", env, n_steps=10).learn(50)
+    model.learn(50, reset_num_timesteps=False)
+    assert {seed for seeds in env.get_attr("seeds") for seed in seeds} == {None}
+    assert sum(env.get_attr("n_resets")) > 10
+
+
+@unseeded
+def test_the_seed_that_was_drawn_is_logged_saved_and_loaded(kwargs: dict[str, Any], tmp_path: Path):
+    model = make_unseeded(tensorboard_log=None, **kwargs)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(60).save(tmp_path / "model")
+    with open(tmp_path / "progress.csv", newline="") as file:
+        assert {int(row["rollout/seed"]) for row in csv.DictReader(file)} == {model.run_seed}
+    before = global_states()
+    loaded = REINFORCE.load(tmp_path / "model", env=SameEnv())
+    # SB3 draws matrices of gSDE from PyTorch's
+    n_compared = -1 if model.use_sde else None
+    assert global_states()[:n_compared] == before[:n_compared]
+    assert loaded.seed is None and loaded.run_seed == model.run_seed
+    for one in (model, loaded):
+        one.learn(60, reset_num_timesteps=False)
+    assert same(snapshot(model), snapshot(loaded))
+    model.logger.close()
+
+
+def test_a_seed_that_is_given_later_takes_the_place_of_the_one_that_was_drawn(tmp_path: Path):
+    model = make_unseeded()
+    model.save(tmp_path / "model")
+    model.set_random_seed(7)
+    loaded = REINFORCE.load(tmp_path / "model", env=SameEnv(), seed=7)
+    for one in (model, loaded):
+        assert one.seed == one.run_seed == 7
+        one.learn(60)
+    assert same(snapshot(model), snapshot(loaded))
+
+
+def test_models_without_a_seed_differ():
+    first, second = make_unseeded(), make_unseeded()
+    assert first.run_seed != second.run_seed
+    assert not same(snapshot(first), snapshot(second))
+
+
+def one_member(vec_env_class: type[DummyVecEnv] = DummyVecEnv) -> VecEnv:
+    return vec_env_class([lambda: RandomLengthEnv(9)])
+
+
+LIMITS = "will not be the same to the last bit"
+
+
+@pytest.mark.parametrize(
+    ("make_env", "seed", "expected"),
+    [
+        (one_member, 0, None),
+        (lambda: VecCheckNan(one_member(EpisodeVecEnv)), 0, None),
+        (lambda: VecCheckNan(one_member()), 0, "a DummyVecEnv does not seed each episode"),
+        (one_member, None, "there is no seed for environments (weights and actions are those of seed={})"),
+        (lambda: Simulators([[3]]), 0, "a Simulators does not seed each episode"),
+        (
+            lambda: Simulators([[3]]),
+            None,
+            "there is no seed for environments (weights and actions are those of seed={}), and a Simulators does not seed "
+            "each episode",
+        ),
+    ],
+    ids=["seeded", "seeded_wrapped", "plain_wrapped", "unseeded", "simulators", "simulators_unseeded"],
+)
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_training_says_once_if_it_cannot_be_repeated(
+    make_env: Callable[[], VecEnv], seed: int | None, expected: str | None, verbose: int, capsys: pytest.CaptureFixture
+):
+    model = REINFORCE("MlpPolicy", make_env(), n_steps=6, seed=seed, verbose=verbose)
+    assert LIMITS not in capsys.readouterr().out
+    model.learn(6)
+    model.learn(6, reset_num_timesteps=False)
+    model.learn(6)
+    lines = [line for line in capsys.readouterr().out.splitlines() if LIMITS in line]
+    if expected is None or verbose == 0:
+        assert lines == []
+    else:
+        assert [line.split(": ", 1)[1] for line in lines] == [expected.format(model.run_seed)]
+
+
+def test_a_model_that_is_loaded_says_again_that_it_cannot_be_repeated(tmp_path: Path, capsys: pytest.CaptureFixture):
+    REINFORCE("MlpPolicy", one_member(), n_steps=6, verbose=1).learn(6).save(tmp_path / "model")
+    assert LIMITS in capsys.readouterr().out
+    REINFORCE.load(tmp_path / "model", env=one_member()).learn(6)
+    assert LIMITS in capsys.readouterr().out
 
 
 # Random environments ---------------------------------------------------------------------------------------------------------

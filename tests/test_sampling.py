@@ -35,6 +35,7 @@ from sb3_reinforce.sampling import (
     multi_categorical_actions,
     state_dependent_noise,
     torch_seeded_from,
+    update_rng,
     watch_modules,
 )
 
@@ -214,6 +215,14 @@ def test_generators_of_episodes_and_seeds_differ():
     draws = [episode_rng(seed, number).random() for seed in range(30) for number in range(100)]
     assert len(set(draws)) == len(draws)
     assert episode_rng(3, 5).random() == episode_rng(3, 5).random()
+
+
+def test_updates_have_generators_of_their_own():
+    """From seed and number alone, and none of them is that of an episode."""
+    pairs = [(seed, number) for seed in range(30) for number in range(100)]
+    draws = [rng(*pair).random() for pair in pairs for rng in (update_rng, episode_rng)]
+    assert len(set(draws)) == len(draws)
+    assert update_rng(3, 5).random() == update_rng(3, 5).random()
 
 
 @pytest.mark.parametrize("actor", [Actor, MlpActor])

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
 from argparse import Namespace
+from contextlib import nullcontext
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -24,10 +26,12 @@ import torch as th
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from sb3_reinforce import REINFORCE, zoo
 from sb3_reinforce.vec_env import EpisodeVecEnv
+from tests.integration.common import assert_same_parameters
 
 ENV = "LunarLanderContinuous-v3"
 ROOT = Path(__file__).parent.parent
@@ -125,13 +129,142 @@ def test_enjoy_renders(folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert frames == ["human"] * 20
 
 
-def test_continues(folder: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("option", ["-i", "--trained-agent"])
+def test_continues(folder: Path, monkeypatch: pytest.MonkeyPatch, option: str):
+    """From a model file, in a folder of its own, with the seed that is given and the steps counted anew."""
     before = REINFORCE.load(MODEL)
-    run(monkeypatch, "train", "--env", ENV, *SHORT, "-i", str(MODEL), "--eval-freq", "-1")
+    run(monkeypatch, "train", "--env", ENV, *SHORT, option, str(MODEL), "--eval-freq", "-1", "--seed", "9")
     after = REINFORCE.load(FIRST_RUN.with_name(f"{ENV}_2") / MODEL.name)
     assert after._n_updates > before._n_updates
+    assert before.seed == 1 and after.seed == 9
+    assert after.num_timesteps < before.num_timesteps + 1200
     count = "observation_normalizer.count_0"
     assert after.policy.state_dict()[count] > before.policy.state_dict()[count]
+
+
+CARTPOLE = "CartPole-v1"
+GOES_ON = ["--env", CARTPOLE, "--eval-freq", "-1", "-tb", "tensorboard", "-params", "n_steps:40", "n_envs:2"]
+
+
+def stop_at_update(monkeypatch: pytest.MonkeyPatch, n_updates: int, number: int) -> None:
+    """The process gets a signal after so many updates."""
+    gradient_norm = REINFORCE._gradient_norm
+
+    def raise_signal(self: REINFORCE) -> float:
+        if self._n_updates == n_updates:
+            signal.raise_signal(number)
+        return gradient_norm(self)
+
+    monkeypatch.setattr(REINFORCE, "_gradient_norm", raise_signal)
+
+
+def logs(folder: Path) -> dict[str, Any]:
+    """Return and length of each episode of each environment; and what TensorBoard shows, but of speed."""
+    run_folder = folder / "logs" / "reinforce" / f"{CARTPOLE}_1"
+    found: dict[str, Any] = {}
+    for path in sorted(run_folder.glob("*.monitor.csv")):
+        header, names, *lines = path.read_text().splitlines()
+        assert header.startswith("#{") and names == "r,l,t"
+        found[path.name] = [line.rsplit(",", 1)[0] for line in lines]
+    (log,) = (folder / "tensorboard" / CARTPOLE).iterdir()
+    events = EventAccumulator(str(log))
+    events.Reload()
+    for name in set(events.Tags()["scalars"]) - {"time/fps"}:
+        found[name] = [(event.step, event.value) for event in events.Scalars(name)]
+    return found
+
+
+def assert_same_as_without_a_stop(folder: Path, monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
+    """The only run in a folder is, to the last bit, the one that nobody has stopped, of as many steps and with seed 5."""
+    model_path = Path("logs", "reinforce", f"{CARTPOLE}_1", f"{CARTPOLE}.zip")
+    assert [path.name for path in (folder / "logs" / "reinforce").iterdir()] == [f"{CARTPOLE}_1"]
+    whole = folder / "whole"
+    whole.mkdir()
+    monkeypatch.chdir(whole)
+    run(monkeypatch, "train", *GOES_ON, "-n", str(n_steps), "--seed", "5")
+    model, expected = (REINFORCE.load(path / model_path) for path in (folder, whole))
+    assert_same_parameters(model, expected)
+    for name in ("num_timesteps", "_n_updates", "_next_episode", "_n_iterations", "seed"):
+        assert getattr(model, name) == getattr(expected, name) > 0
+    assert logs(folder) == logs(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_run_that_was_stopped_goes_on_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, number: int
+):
+    """With its own seed, to the same weights and logs. Ctrl-C ends in SB3's zoo with a model that is saved."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("logs", "reinforce", f"{CARTPOLE}_1")
+    with monkeypatch.context() as patch:
+        stop_at_update(patch, 3, number)
+        with nullcontext() if number == signal.SIGINT else pytest.raises(SystemExit, match="143"):
+            run(monkeypatch, "train", *GOES_ON, "-n", "1000", "--seed", "5")
+    assert f"To go on: sb3-reinforce train ... -i logs/reinforce/{CARTPOLE}_1, with" in capsys.readouterr().out
+    assert (folder / f"{CARTPOLE}.zip").exists() == (number == signal.SIGINT)
+    run(monkeypatch, "train", *GOES_ON, "-n", "1000", "-i", str(folder))
+    assert "Going on from logs/reinforce" in capsys.readouterr().out
+    assert_same_as_without_a_stop(tmp_path, monkeypatch, 1000)
+
+
+def test_a_run_that_has_ended_goes_on_in_its_folder_for_more_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Twice, and stopped in between."""
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "train", *GOES_ON, "-n", "400", "--seed", "5")
+    folder = Path("logs", "reinforce", f"{CARTPOLE}_1")
+    with monkeypatch.context() as patch:
+        stop_at_update(patch, 5, signal.SIGTERM)
+        with pytest.raises(SystemExit, match="143"):
+            run(monkeypatch, "train", *GOES_ON, "-n", "1000", "-i", f"{folder}/")
+    run(monkeypatch, "train", *GOES_ON, "-n", "1000", "-i", str(tmp_path / folder))
+    assert_same_as_without_a_stop(tmp_path, monkeypatch, 1000)
+
+
+def test_a_run_with_vec_normalize_goes_on_with_its_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those that are saved beside the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    options = [*GOES_ON, "normalize:True", "normalize_observations:False", "-n", "1000"]
+    with monkeypatch.context() as patch:
+        stop_at_update(patch, 3, signal.SIGTERM)
+        with pytest.raises(SystemExit, match="143"):
+            run(monkeypatch, "train", *options)
+    folder, counts = Path("logs", "reinforce", f"{CARTPOLE}_1"), []
+    (statistics,) = folder.glob("checkpoint_vecnormalize_*.pkl")
+    saved = VecNormalize.load(str(statistics), DummyVecEnv([lambda: gym.make(CARTPOLE)])).obs_rms.count
+
+    learn_on = REINFORCE.learn
+
+    def learn(self: REINFORCE, *args: Any, **kwargs: Any) -> REINFORCE:
+        counts.append(self.get_vec_normalize_env().obs_rms.count)  # type: ignore[union-attr]
+        return learn_on(self, *args, **kwargs)
+
+    monkeypatch.setattr(REINFORCE, "learn", learn)
+    run(monkeypatch, "train", *options, "-i", str(folder))
+    assert counts == [saved] and saved > 100
+
+
+@pytest.mark.parametrize("files", [[], [f"{CARTPOLE}.zip", "rl_model_500_steps.zip"], ["checkpoint_5_steps.zip"]], ids=len)
+def test_a_folder_without_a_checkpoint_is_refused_with_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str]
+):
+    """Also one of a file that is cut short."""
+    for name in files:
+        (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(SystemExit, match="has no checkpoint to go on from") as stop:
+        run(monkeypatch, "train", *GOES_ON, "-i", str(tmp_path))
+    assert str(tmp_path) in str(stop.value)
+
+
+def test_a_folder_is_replaced_by_its_newest_checkpoint_however_the_option_is_written(tmp_path: Path):
+    for n_steps in (9, 10):
+        REINFORCE("MlpPolicy", CARTPOLE).save(tmp_path / f"checkpoint_{n_steps}_steps.zip")
+    folder, path = str(tmp_path), str(tmp_path / "checkpoint_10_steps.zip")
+    others = ["--env", CARTPOLE, "-n", "5"]
+    for given in (["-i", folder], ["--trained-agent", folder], [f"--trained-agent={folder}"], [f"-i={folder}"]):
+        assert zoo.find_checkpoint([*given, *others]) == [*others, "--trained-agent", path]
+        assert zoo.find_checkpoint([*others, *given]) == [*others, "--trained-agent", path]
+    for given in (["-i", path], ["-i", str(MODEL)], ["-f", folder]):
+        assert zoo.find_checkpoint([*given, *others]) == [*given, *others]
 
 
 def test_records_a_video(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from multiprocessing import get_context
 from typing import Any
 
 import gymnasium as gym
@@ -69,6 +70,20 @@ def assert_stepped_as_asked(model: REINFORCE) -> None:
         target_kl = target_kl(model._n_updates - 1)
     assert isinstance(target_kl, float)
     assert logged(model, "train/kl_divergence_loss") == pytest.approx(target_kl, rel=1e-3)
+
+
+def start_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """
+    Start a function in a process that shares nothing with this one.
+
+    :return: a ``multiprocessing.Process``; it has imported what takes seconds
+    """
+    context = get_context("forkserver")
+    loader = "tensorboard.backend.event_processing.event_file_loader"
+    context.set_forkserver_preload(["sb3_reinforce", loader, "matplotlib.figure", "gymnasium.envs.box2d.lunar_lander"])
+    process = context.Process(target=function, args=args, kwargs=kwargs)
+    process.start()
+    return process
 
 
 class Batches(BaseCallback):

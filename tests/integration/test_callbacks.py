@@ -74,6 +74,10 @@ class Journal(BaseCallback):
     def names(self):
         return [name for name, _ in self.entries]
 
+    def rollout_of(self, n_steps):
+        """Steps at the beginning of the rollout that took a step: what a file has that was saved then."""
+        return max(count for name, count in self.entries if name == "rollout_start" and count < n_steps)
+
 
 def at_each_step(function):
     """A callback that calls a function of the local variables."""
@@ -296,13 +300,14 @@ def test_eval_callback_saves_the_best_model_and_all_results(tmp_path, eval_env):
     callback = EvalCallback(
         eval_env, n_eval_episodes=3, eval_freq=20, log_path=tmp_path, best_model_save_path=tmp_path, verbose=0
     )
-    model = make_model().learn(100, callback=callback)
+    journal = Journal()
+    model = make_model().learn(100, callback=[callback, journal])
     results = np.load(tmp_path / "evaluations.npz")
     np.testing.assert_array_equal(results["timesteps"], np.arange(20, model.num_timesteps + 1, 20))
     assert results["results"].shape == (len(results["timesteps"]), 3)
     assert callback.best_mean_reward == results["results"].mean(axis=1).max()
     best = REINFORCE.load(tmp_path / "best_model", env=random_env())
-    assert best.num_timesteps == results["timesteps"][results["results"].mean(axis=1).argmax()]
+    assert best.num_timesteps == journal.rollout_of(results["timesteps"][results["results"].mean(axis=1).argmax()])
     assert best.learn(1)._n_updates >= 1
 
 
@@ -343,7 +348,7 @@ def test_checkpoint_callback_saves_every_save_freq_calls(tmp_path):
     expected = [count for name, count in journal.entries if name == "step"][14::15]
     assert {path.name for path in tmp_path.iterdir()} == {f"x_{count}_steps.zip" for count in expected}
     for count in expected:
-        assert REINFORCE.load(tmp_path / f"x_{count}_steps").num_timesteps == count
+        assert REINFORCE.load(tmp_path / f"x_{count}_steps").num_timesteps == journal.rollout_of(count)
 
 
 def test_every_n_timesteps_triggers_its_callback():
@@ -410,8 +415,8 @@ ROLLOUT_KEYS = {
     "rollout/ep_rew_mean",
     "rollout/ep_len_mean",
 }
-COUNTS = {"train/n_updates", "time/iterations", "time/total_timesteps", "time/time_elapsed"}
-KEYS = TRAIN_KEYS | ROLLOUT_KEYS | COUNTS | {"time/fps"}
+NOT_IN_TENSORBOARD = {"rollout/seed", "train/n_updates", "time/iterations", "time/total_timesteps", "time/time_elapsed"}
+KEYS = TRAIN_KEYS | ROLLOUT_KEYS | NOT_IN_TENSORBOARD | {"time/fps"}
 
 
 def read_csv(folder):
@@ -444,9 +449,9 @@ def test_json_gets_all_keys(tmp_path):
     assert set(rows[-1]) == KEYS
 
 
-def test_tensorboard_gets_all_keys_but_what_is_on_its_axes(tmp_path):
+def test_tensorboard_gets_all_keys_but_the_seed_and_what_is_on_its_axes(tmp_path):
     learn_and_log(tmp_path, "tensorboard")
-    assert set(read_tensorboard(tmp_path)) == KEYS - COUNTS
+    assert set(read_tensorboard(tmp_path)) == KEYS - NOT_IN_TENSORBOARD
 
 
 @pytest.mark.parametrize("format_", ["stdout", "log"])
@@ -527,6 +532,19 @@ def test_log_interval_counts_iterations(tmp_path, log_interval):
     model = learn_and_log(tmp_path, "csv", log_interval=log_interval, total_timesteps=300)
     iterations = [int(row["time/iterations"]) for row in read_csv(tmp_path)]
     assert iterations == ([] if log_interval is None else list(range(log_interval, model._n_updates + 1, log_interval)))
+
+
+def test_iterations_are_counted_from_the_beginning_of_a_run(tmp_path):
+    """Over calls of ``learn()`` that go on with it, and anew when steps are."""
+    model = learn_and_log(tmp_path, "csv", log_interval=2)
+    n_first = model._n_updates
+    model.learn(150, log_interval=2, reset_num_timesteps=False)
+    n_run = model._n_updates
+    model.learn(150, log_interval=2)
+    n_all = model._n_updates
+    assert n_first % 2 == 1 and n_first < n_run < n_all
+    iterations = [int(row["time/iterations"]) for row in read_csv(tmp_path)]
+    assert iterations == [*range(2, n_run + 1, 2), *range(2, n_all - n_run + 1, 2)]
 
 
 def test_the_success_rate_is_that_of_the_episodes_learned_from(tmp_path):
