@@ -94,7 +94,8 @@ def check_policy_class(policy_class: type[BasePolicy]) -> None:
 
 def check_scheduled(name: str, value: float, progress_remaining: float) -> None:
     """Raise a ValueError if what the schedule of an argument gives at some progress (from 1 to 0) is not allowed."""
-    if not _is_real(value, minimum=0):
+    # Adam refuses rates that float32 cannot hold in other words
+    if not _is_real(value, minimum=0) or (name == "learning_rate" and value > float(np.finfo(np.float32).max)):
         raise ValueError(
             f"{name} must be finite and at least 0, but its schedule gives {value} at progress_remaining={progress_remaining}"
         )
@@ -124,7 +125,9 @@ def check_spaces(model: Any, policy: str | type[BasePolicy]) -> None:
         bounds = f"low={action_space.low}, high={action_space.high}"
         if np.isnan(action_space.low).any() or np.isnan(action_space.high).any():
             raise ValueError(f"The action space has NaN bounds: {bounds}")
-        if model.policy_kwargs.get("squash_output") and not action_space.is_bounded():
+        with np.errstate(over="ignore"):
+            has_extent = np.isfinite(action_space.high - action_space.low).all()
+        if model.policy_kwargs.get("squash_output") and not has_extent:
             raise ValueError(f"squash_output=True needs finite action bounds, got {bounds}")
     elif model.use_sde:
         raise ValueError(f"use_sde=True (gSDE) needs continuous actions, but the environment has {action_space}")

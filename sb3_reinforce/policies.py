@@ -94,6 +94,8 @@ class ObservationNormalizer(nn.Module):
             size = max(1, _CHUNK // max(1, batch[0].size))
             for start in range(0, len(batch), size):
                 running.update(batch[start : start + size].astype(np.float64))
+            if not np.isfinite(running.var).all():
+                raise ValueError(f"The observations {key!r} are so large that their variance is not finite: scale them down")
             for buffer, value in zip(buffers, (running.mean, running.var, running.count), strict=True):
                 buffer.copy_(th.as_tensor(value))
 

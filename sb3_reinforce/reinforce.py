@@ -367,6 +367,7 @@ class REINFORCE(OnPolicyAlgorithm):
         :raises ValueError: when the gradient, or the policy after the step, is not finite
         """
         buffer, policy = self.rollout_buffer, self.policy
+        self._refresh_optimizer()
         advantage_std = float(buffer.advantages.std())
         if self.normalize_advantage:
             buffer.advantages = batch_normalize(buffer.advantages)
@@ -420,6 +421,21 @@ class REINFORCE(OnPolicyAlgorithm):
             self.__dict__.update(before[1])
             policy.set_training_mode(False)
             raise
+
+    def _refresh_optimizer(self) -> None:
+        """Let the optimizer have the parameters of the policy, if something has replaced them: others would learn nothing."""
+        optimizer, parameters = self.policy.optimizer, list(self.policy.parameters())
+        current = {id(parameter) for parameter in parameters}
+        if all(id(parameter) in current for group in optimizer.param_groups for parameter in group["params"]):
+            return
+        if len(optimizer.param_groups) > 1:
+            raise ValueError(
+                "The optimizer has parameters that are no longer in the policy: change them in place (copy_()), or make "
+                "policy.optimizer anew"
+            )
+        optimizer.param_groups[0]["params"] = parameters
+        for parameter in [parameter for parameter in optimizer.state if id(parameter) not in current]:
+            del optimizer.state[parameter]
 
     def _log_critics(self) -> None:
         """How well the critic that is used has predicted the returns, before it was fitted to them. One advantage uses two."""

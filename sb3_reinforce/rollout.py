@@ -67,7 +67,13 @@ class EpisodeSource:
                 self.episode_env.owner = self.owner
         except Exception as error:
             raise environment_error(self.env, error, "in reset()") from error
-        self.check_finite("observation", last_obs)
+        try:
+            self.check_finite("observation", last_obs)
+        except ValueError:
+            if self.episode_env is not None:
+                # It is not to be the first one of an episode when it comes to that again
+                self.episode_env.forget_starts()
+            raise
         return last_obs
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
@@ -227,7 +233,7 @@ def collect_episodes(
             if len(dones.nonzero()[0]):
                 model._update_info_buffer(infos, dones)
                 if bootstrap_timeouts:
-                    rewards = rewards + model.gamma * timeout_values(model.policy, infos)
+                    rewards = rewards + model.gamma * timeout_values(model.policy, infos, schedule)
             if n_active:
                 rollout_buffer.add(obs, actions, rewards, episode_starts, active, act.values)
             episode_starts = within
@@ -248,15 +254,21 @@ def collect_episodes(
     return True
 
 
-def timeout_values(policy: ActorCriticPolicy, infos: list[dict[str, Any]]) -> np.ndarray:
+def timeout_values(policy: ActorCriticPolicy, infos: list[dict[str, Any]], schedule: EpisodeSchedule) -> np.ndarray:
     """(n_envs,) what the baseline expects after the last observation of each episode that has timed out; 0 for the others."""
     values = np.zeros(len(infos))
     for idx, info in enumerate(infos):
         if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
-            with th.no_grad():
-                obs_tensor, _ = policy.obs_to_tensor(info["terminal_observation"])
-                features = baseline_features(policy, obs_tensor)
-                values[idx] = policy.value_net.predict(features).item()  # type: ignore[operator]
+            try:
+                with th.no_grad():
+                    obs_tensor, _ = policy.obs_to_tensor(info["terminal_observation"])
+                    features = baseline_features(policy, obs_tensor)
+                    values[idx] = policy.value_net.predict(features).item()  # type: ignore[operator]
+            except Exception as error:
+                raise ValueError(
+                    f"Environment {idx} returned the terminal observation {info['terminal_observation']!r} "
+                    f"{schedule.where(idx)}, which is none of its space: {error}"
+                ) from error
     return values
 
 

@@ -202,7 +202,8 @@ class EpisodeVecEnv(DummyVecEnv):
                 self.buf_dones[env_idx] = terminated or truncated
                 info["TimeLimit.truncated"] = truncated and not terminated
                 if terminated or truncated:
-                    info["terminal_observation"] = obs
+                    # A copy: an environment may use its memory again when it is reset
+                    info["terminal_observation"] = deepcopy(obs)
                     obs = self._end_episode(env_idx, obs)
                 if self._array is not None:
                     self._array[env_idx] = obs
@@ -247,6 +248,10 @@ class EpisodeVecEnv(DummyVecEnv):
             self._begin_env(env_idx, seed)
         self._reset_seeds()
         return self._obs_from_buf()
+
+    def forget_starts(self) -> None:
+        """Reset environments for their next episodes even if they are at the start of one."""
+        self._at_start.clear()
 
     def seed_episodes(self, seeds: Sequence[int | None]) -> None:
         """Seed each environment at the next ``reset()``."""

@@ -570,7 +570,7 @@ MISTAKES_AT_ENDS = {
 def test_a_mistake_at_the_end_of_an_episode_would_be_seen(mistake, monkeypatch):
     """Proves that terminal states are told from time-outs: episodes are collected again, with the mistake."""
     name, worth = MISTAKES_AT_ENDS[mistake]
-    monkeypatch.setattr(rollout, "timeout_values", lambda policy, infos: timeout_values(infos, worth))
+    monkeypatch.setattr(rollout, "timeout_values", lambda policy, infos, schedule: timeout_values(infos, worth))
     model, batches = collect(CASES[name], n_batches=300)
     for advantage in ("monte_carlo", "td"):
         found = gradients(model, batches, advantage)
