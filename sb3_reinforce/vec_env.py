@@ -202,8 +202,8 @@ class EpisodeVecEnv(DummyVecEnv):
                 self.buf_dones[env_idx] = terminated or truncated
                 info["TimeLimit.truncated"] = truncated and not terminated
                 if terminated or truncated:
-                    # A copy: an environment may use its memory again when it is reset
-                    info["terminal_observation"] = deepcopy(obs)
+                    # An environment may use its memory again when it is reset; DummyVecEnv lets it
+                    info["terminal_observation"] = obs if self.schedule is None else deepcopy(obs)
                     obs = self._end_episode(env_idx, obs)
                 if self._array is not None:
                     self._array[env_idx] = obs
