@@ -425,8 +425,10 @@ class REINFORCE(OnPolicyAlgorithm):
     def _refresh_optimizer(self) -> None:
         """Let the optimizer have the parameters of the policy, if something has replaced them: others would learn nothing."""
         optimizer, parameters = self.policy.optimizer, list(self.policy.parameters())
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         current = {id(parameter) for parameter in parameters}
-        if all(id(parameter) in current for group in optimizer.param_groups for parameter in group["params"]):
+        # What is known alone is of SB3's value layer, which the baseline has replaced; what is not may not be meant to learn
+        if known <= current or current <= known:
             return
         if len(optimizer.param_groups) > 1:
             raise ValueError(
