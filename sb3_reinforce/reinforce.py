@@ -244,7 +244,7 @@ class REINFORCE(OnPolicyAlgorithm):
         # What a file gets while a rollout or its update is on; what had been logged then, and not been written
         self._rollout_start: dict[str, Any] | None = None
         self._logged: dict[str, Any] = {}
-        self._is_learning = self._has_told = False
+        self._has_told = False
 
         if env is not None:
             self._attach_env(env, policy)
@@ -654,11 +654,9 @@ class REINFORCE(OnPolicyAlgorithm):
         total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name)
         # SB3 counts within each call: what is logged when would depend on how a run is divided into calls
         iteration = self._n_iterations
-        callback.on_training_start(locals(), globals())
-        assert self.env is not None
-
-        self._is_learning = True
         try:
+            callback.on_training_start(locals(), globals())
+            assert self.env is not None
             while self.num_timesteps < total_timesteps:
                 if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
                     break
@@ -672,7 +670,6 @@ class REINFORCE(OnPolicyAlgorithm):
             release_signals(callback)
             raise
         finally:
-            self._is_learning = False
             self._logged = self._resume_point()["_logged"]
         callback.on_training_end()
         return self
@@ -693,7 +690,7 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # The checkpoint callback includes the last one
-        return [*super()._excluded_save_params(), "_rollout_start", "_is_learning", "_has_told", "_log_state"]
+        return [*super()._excluded_save_params(), "_rollout_start", "_has_told", "_log_state"]
 
     def save(
         self,
