@@ -130,6 +130,20 @@ class EpisodeRolloutBuffer(RolloutBuffer):
             rows["active"][pos] = active
         self.pos = pos + 1
 
+    def add_episode(
+        self, observations: np.ndarray | dict[str, np.ndarray], actions: np.ndarray, rewards: np.ndarray, values: np.ndarray
+    ) -> None:
+        """Add all steps of an episode of a single environment, see :meth:`add`; arrays have a row for each step."""
+        rows = slice(self.pos, self.pos + len(rewards))
+        while rows.stop > len(self._rows["rewards"]):
+            self._make_room(2 * len(self._rows["rewards"]))
+        for key, observation_rows in self._observation_rows.items():
+            observation_rows[rows, 0] = observations[key] if isinstance(observations, dict) else observations
+        for name, array in (("actions", actions), ("rewards", rewards), ("values", values)):
+            self._rows[name][rows, 0] = array
+        self._rows["episode_starts"][rows, 0] = np.arange(len(rewards)) == 0
+        self.pos = rows.stop
+
     def finish(self) -> None:
         """Make the episodes of the rollout contiguous, now that all of them are over."""
         active = self._rows["active"][: self.pos].T

@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_vec_normalize
@@ -14,11 +15,19 @@ from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_v
 from sb3_reinforce.buffers import EpisodeRolloutBuffer
 from sb3_reinforce.policies import baseline_features
 from sb3_reinforce.sampling import EpisodeNoise, all_finite, make_actor, watch_modules
-from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, episode_seed, idle_info
+from sb3_reinforce.vec_env import EpisodeRunner, EpisodeSchedule, episode_seed, idle_info
 
 #: An episode of more steps never ends, nor does one of more than 1,000 steps with so many bytes of observations.
 ENDLESS_STEPS = 100_000
 ENDLESS_BYTES = 2**32
+
+
+def endless_steps(observation_space: spaces.Space) -> int:
+    """Number of steps after which an episode counts as one that never ends, before it fills the memory."""
+    is_dict = isinstance(observation_space, spaces.Dict)
+    entries: Any = observation_space.spaces.values() if is_dict else [observation_space]  # type: ignore[attr-defined]
+    n_bytes = sum(int(np.prod(entry.shape)) * entry.dtype.itemsize for entry in entries)
+    return min(ENDLESS_STEPS, max(1000, ENDLESS_BYTES // max(1, n_bytes)))
 
 
 class EpisodeSource:
@@ -28,21 +37,19 @@ class EpisodeSource:
     :param env: the environments
     :param schedule: which episodes they run
     :param owner: the model
+    :param max_steps: an episode of more steps never ends, None for :func:`endless_steps`
     """
 
-    def __init__(self, env: VecEnv, schedule: EpisodeSchedule, owner: Any = None):
+    def __init__(self, env: VecEnv, schedule: EpisodeSchedule, owner: Any = None, max_steps: int | None = None):
         self.env = env
         self.owner = owner
         self.schedule = schedule
         inner = env.unwrapped
-        self.episode_env = inner if isinstance(inner, EpisodeVecEnv) else None
+        self.episode_env = inner if isinstance(inner, EpisodeRunner) else None
         self.skips_idle_envs = skips_idle_envs(env)
         #: (n_envs,) whether the latest observations are the first of an episode; of use where idle environments are stepped
         self.at_start = np.zeros(env.num_envs, dtype=bool)
-        space = env.observation_space
-        entries: Any = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
-        n_bytes = sum(np.prod(entry.shape) * entry.dtype.itemsize for entry in entries)
-        self._endless_steps = min(ENDLESS_STEPS, max(1000, ENDLESS_BYTES // max(1, n_bytes)))
+        self._endless_steps = max_steps or endless_steps(env.observation_space)
 
     def begin(self, last_obs: Any, at_start: np.ndarray) -> Any:
         """
@@ -66,7 +73,7 @@ class EpisodeSource:
             if self.episode_env is not None:
                 self.episode_env.owner = self.owner
         except Exception as error:
-            raise environment_error(self.env, error, "in reset()") from error
+            raise environment_error(self.env, error, "in reset()", self.schedule) from error
         try:
             self.check_finite("observation", last_obs)
         except ValueError:
@@ -159,12 +166,12 @@ class EpisodeSource:
 
 def skips_idle_envs(env: VecEnv) -> bool:
     """Whether environments without an episode are not stepped: no wrapper may mistake that for steps."""
-    return isinstance(env.venv if type(env) is VecTransposeImage else env, EpisodeVecEnv)
+    return isinstance(env.venv if type(env) is VecTransposeImage else env, EpisodeRunner)
 
 
 def seed_next_episodes(env: VecEnv, schedule: EpisodeSchedule) -> None:
     """Let the next ``reset()`` of the environments begin the next episodes of a schedule, if they can and it has a seed."""
-    if isinstance(env.unwrapped, EpisodeVecEnv) and schedule.seed is not None:
+    if isinstance(env.unwrapped, EpisodeRunner) and schedule.seed is not None:
         numbers = range(schedule.next_number, schedule.next_number + env.num_envs)
         env.unwrapped.seed_episodes([episode_seed(schedule.seed, number) for number in numbers])
 
@@ -248,10 +255,15 @@ def collect_episodes(
 
     model._last_episode_starts = source.at_start
     rollout_buffer.finish()
-    model.logger.record("rollout/episodes", schedule.n_started)
-    model.logger.record("rollout/transitions", schedule.n_transitions)
-    model.logger.record("rollout/idle_fraction", 1.0 - schedule.n_transitions / n_env_steps)
+    log_rollout(model.logger, schedule, n_env_steps)
     return True
+
+
+def log_rollout(logger: Logger, schedule: EpisodeSchedule, n_env_steps: int) -> None:
+    """How much a rollout has collected, and what fraction of the steps of the environments were not part of it."""
+    logger.record("rollout/episodes", schedule.n_started)
+    logger.record("rollout/transitions", schedule.n_transitions)
+    logger.record("rollout/idle_fraction", 1.0 - schedule.n_transitions / n_env_steps)
 
 
 def timeout_values(policy: ActorCriticPolicy, infos: list[dict[str, Any]], schedule: EpisodeSchedule) -> np.ndarray:
@@ -276,13 +288,18 @@ def environment_error(env: VecEnv, error: Exception, doing: str, schedule: Episo
     """The error to raise from one of an environment: it says which one raised, doing what, and where in its episode."""
     env_idx = _failed_env(env)
     who = f"Environment {env_idx}" if env_idx is not None else f"One of the {env.num_envs} environments"
-    place = f" {schedule.where(env_idx)}" if schedule is not None and env_idx is not None else ""
-    return RuntimeError(f"{who} raised {type(error).__name__} {doing}{place}: {error}")
+    if schedule is not None and env_idx is not None:
+        # At the end of an episode, step() resets
+        if env_idx in schedule.started:
+            doing = f"in reset() of {schedule.name(int(schedule.numbers[env_idx]))}"
+        else:
+            doing = f"{doing} {schedule.where(env_idx)}"
+    return RuntimeError(f"{who} raised {type(error).__name__} {doing}: {error}")
 
 
 def _failed_env(env: VecEnv) -> int | None:
     """Index of the environment that raised, as far as one can tell from outside of the ``VecEnv``."""
-    if isinstance(env.unwrapped, EpisodeVecEnv):
+    if isinstance(env.unwrapped, EpisodeRunner):
         # None if a wrapper has raised
         env.unwrapped.failed_env, env_idx = None, env.unwrapped.failed_env
         return env_idx

@@ -6,6 +6,7 @@ the episode, and no global generator is touched.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -95,6 +96,9 @@ _NOISE: dict[type[Distribution], Callable[[np.random.Generator, tuple[int, ...]]
     MultiCategoricalDistribution: lambda rng, shape: rng.gumbel(size=shape),
     BernoulliDistribution: lambda rng, shape: rng.logistic(size=shape),
 }
+
+#: Threads share PyTorch's generators
+_TORCH_LOCK = threading.RLock()
 
 #: Noise is drawn for so many steps at once, unless these are very many numbers.
 _STEPS_OF_NOISE = 32
@@ -391,7 +395,7 @@ def explain_nan() -> Iterator[None]:
 def torch_seeded_from(rng: np.random.Generator, device: th.device) -> Iterator[None]:
     """Let PyTorch draw on a device from a seed that a NumPy generator supplies, and leave its generators as they were."""
     seed = int(rng.integers(2**63))
-    with th.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _TORCH_LOCK, th.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         # Not th.manual_seed, which takes a millisecond to prepare devices that are not there
         th.default_generator.manual_seed(seed)
         if device.type == "cuda":

@@ -3,6 +3,7 @@ Numbered episodes, and the ``VecEnv`` that runs them: one reset per episode, see
 alone.
 """
 
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
@@ -16,10 +17,13 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecTransposeImage
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
 from sb3_reinforce.checks import check_count
+
+#: What an environment can be made of
+EnvSource = GymEnv | str | EnvSpec | Callable[[], GymEnv]
 
 _LARGEST_REWARD = float(np.finfo(np.float32).max)
 #: Types that a deep copy returns as they are.
@@ -122,7 +126,12 @@ class EpisodeSchedule:
         active, numbers, began = self._before
         if not active[env_idx]:
             return "within an episode that is not in the rollout"
-        return f"at step {self.n_steps - began[env_idx]} of episode {numbers[env_idx]}"
+        return f"at step {self.n_steps - began[env_idx]} of {self.name(int(numbers[env_idx]))}"
+
+    def name(self, number: int) -> str:
+        """An episode, in words, with what shows it again."""
+        seed = self._seed_of(number)
+        return f"episode {number}" + ("" if seed is None else f" (reset(seed={seed}))")
 
 
 def replaced(array: np.ndarray, index: int, value: Any) -> np.ndarray:
@@ -132,7 +141,45 @@ def replaced(array: np.ndarray, index: int, value: Any) -> np.ndarray:
     return array
 
 
-class EpisodeVecEnv(DummyVecEnv):
+class EpisodeRunner(VecEnv):
+    """What REINFORCE needs of a ``VecEnv`` to run the episodes of an :class:`EpisodeSchedule` and leave idle ones alone."""
+
+    #: Whether each episode is seeded by its number
+    seeds_episodes = True
+
+    def _init_episodes(self) -> None:
+        #: What REINFORCE has the environments do; None while others step them
+        self.schedule: EpisodeSchedule | None = None
+        #: Whether environments without an episode are stepped along, because a wrapper counts the steps
+        self.steps_idle_envs = False
+        #: The model that was the last to step or reset the environments, None for anything else
+        self.owner: Any = None
+        #: Index of the environment that raised
+        self.failed_env: int | None = None
+        #: What :func:`wrap_env` has made the environment of, and the ``TimeLimit`` around it
+        self.maker: str | EnvSpec | Callable[[], GymEnv] | None = None
+        self.max_episode_steps: int | None = None
+        #: Whether workers make environments of their own in this one's place, and the name under which they keep them
+        self.has_workers = False
+        self.name = uuid.uuid4().hex
+        # Environments at the start of an episode, and the seeds they were reset with; idle ones at the end of their last
+        self._at_start: dict[int, int | None] = {}
+        self._at_end: set[int] = set()
+
+    def seed_episodes(self, seeds: Sequence[int | None]) -> None:
+        """Seed each environment at the next ``reset()``."""
+        self._seeds = list(seeds)
+
+    def forget_starts(self) -> None:
+        """Reset environments for their next episodes even if they are at the start of one."""
+        self._at_start.clear()
+
+    def begin_episodes(self, schedule: EpisodeSchedule) -> VecEnvObs:
+        """Reset the environments that begin an episode, except those that ``reset()`` has just reset for it."""
+        raise NotImplementedError()
+
+
+class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
     """
     SB3's ``DummyVecEnv``, which also runs numbered episodes for REINFORCE.
 
@@ -156,19 +203,7 @@ class EpisodeVecEnv(DummyVecEnv):
         return env
 
     def _init_episodes(self) -> None:
-        #: What REINFORCE has the environments do; None while others step them
-        self.schedule: EpisodeSchedule | None = None
-        #: Whether environments without an episode are stepped along, because a wrapper counts the steps
-        self.steps_idle_envs = False
-        #: The model that was the last to step or reset the environments, None for anything else
-        self.owner: Any = None
-        #: Index of the environment that raised
-        self.failed_env: int | None = None
-        #: ``TimeLimit`` that :func:`wrap_env` has put around the environment
-        self.max_episode_steps: int | None = None
-        # Environments at the start of an episode, and the seeds they were reset with; idle ones at the end of their last
-        self._at_start: dict[int, int | None] = {}
-        self._at_end: set[int] = set()
+        super()._init_episodes()
         # The buffer of observations that are a single array, which needs no look at keys
         self._array: np.ndarray | None = self.buf_obs[None] if self.keys == [None] else None  # type: ignore[index]
 
@@ -249,21 +284,31 @@ class EpisodeVecEnv(DummyVecEnv):
         self._reset_seeds()
         return self._obs_from_buf()
 
-    def forget_starts(self) -> None:
-        """Reset environments for their next episodes even if they are at the start of one."""
-        self._at_start.clear()
-
-    def seed_episodes(self, seeds: Sequence[int | None]) -> None:
-        """Seed each environment at the next ``reset()``."""
-        self._seeds = list(seeds)
-
     def begin_episodes(self, schedule: EpisodeSchedule) -> VecEnvObs:
-        """Reset the environments that begin an episode, except those that ``reset()`` has just reset for it."""
         for env_idx in schedule.active.nonzero()[0].tolist():
             seed = schedule.seeds[env_idx]
             if env_idx not in self._at_start or seed not in (None, self._at_start[env_idx]):
                 self._begin_env(env_idx, seed)
         return self._obs_from_buf()
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        self._check_here("set_attr")
+        super().set_attr(attr_name, value, indices)
+
+    def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
+        self._check_here("env_method")
+        return super().env_method(method_name, *args, indices=indices, **kwargs)
+
+    def set_options(self, options: list[dict] | dict | None = None) -> None:
+        self._check_here("set_options")
+        super().set_options(options)
+
+    def _check_here(self, method_name: str) -> None:
+        if self.has_workers:
+            raise RuntimeError(
+                f"{method_name}() would change nothing: the episodes run in workers, in environments of their own. Give "
+                "model.set_env() a function that makes the environment as it is to be"
+            )
 
     def _obs_from_buf(self) -> VecEnvObs:
         if self._array is not None:
@@ -285,9 +330,7 @@ def idle_info(info: dict[str, Any]) -> dict[str, Any]:
     return {**info, "TimeLimit.truncated": False} if "TimeLimit.truncated" in info else info
 
 
-def wrap_env(
-    env: GymEnv | str | EnvSpec | Callable[[], GymEnv], max_episode_steps: int | None = None, verbose: int = 0
-) -> VecEnv:
+def wrap_env(env: EnvSource, max_episode_steps: int | None = None, verbose: int = 0) -> VecEnv:
     """
     Make the environment that REINFORCE steps.
 
@@ -300,10 +343,11 @@ def wrap_env(
     :raises ValueError: if there is a ``max_episode_steps`` for a ``VecEnv``
     """
     check_count("max_episode_steps", max_episode_steps)
+    maker: Any = None
     if isinstance(env, (str, EnvSpec)):
-        env = gym.make(env)
+        maker, env = env, gym.make(env)
     elif callable(env) and not isinstance(env, (gym.Env, VecEnv)):
-        env = env()
+        maker, env = env, env()
     is_ours = type(env) is DummyVecEnv or not isinstance(env, VecEnv)
     if isinstance(env, VecEnv):
         if max_episode_steps not in (None, getattr(env.unwrapped, "max_episode_steps", None)):
@@ -325,7 +369,7 @@ def wrap_env(
     inner = vec_env.unwrapped
     assert isinstance(inner, DummyVecEnv)
     episode_env = EpisodeVecEnv.take_over(inner)
-    episode_env.max_episode_steps = max_episode_steps
+    episode_env.maker, episode_env.max_episode_steps = maker, max_episode_steps
     if vec_env is inner:
         return episode_env
     assert isinstance(vec_env, VecTransposeImage)

@@ -546,3 +546,28 @@ def test_rewards_of_any_type_are_taken_without_a_warning(reward: Any):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert env.step(np.zeros((1, 2)))[1] == float(reward)
+
+
+# With workers ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda env: env.set_attr("difficulty", 3),
+        lambda env: env.env_method("reset"),
+        lambda env: env.set_options({"difficulty": 3}),
+    ],
+)
+def test_what_would_not_reach_workers_is_refused(change: Callable[[VecEnv], Any]):
+    """Until the environment, or another one, is given to a model without them."""
+    model = REINFORCE("MlpPolicy", lambda: RandomLengthEnv(9), workers=2, **SMALL)
+    assert model.env is not None
+    with pytest.raises(
+        RuntimeError, match=r"\(\) would change nothing: the episodes run in workers.* model.set_env\(\) a func"
+    ):
+        change(model.env)
+    assert model.env.get_attr("spec") == [None]
+    evaluate_policy(model, model.env, n_eval_episodes=1)
+    REINFORCE("MlpPolicy", model.env, **SMALL)
+    change(model.env)
