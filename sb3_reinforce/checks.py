@@ -40,6 +40,12 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, or None, got {name}={value!r}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise a ValueError if a value is neither None nor a finite number above 0."""
+    if value is not None and (isinstance(value, bool) or not _is_real(value) or value <= 0):
+        raise ValueError(f"{name} must be a finite number above 0, or None, got {name}={value!r}")
+
+
 def check_hyperparameters(model: Any) -> None:
     """
     :param model: the algorithm: its hyperparameters as attributes, its policy not yet made
@@ -57,6 +63,7 @@ def check_hyperparameters(model: Any) -> None:
         )
     for name in ("n_steps", "n_episodes", "max_episode_steps"):
         check_count(name, getattr(model, name))
+    check_positive("episode_timeout", model.episode_timeout)
     check("_stats_window_size", _is_count(model._stats_window_size), "an integer of at least 1")
     check("gamma", _is_real(model.gamma) and 0 < model.gamma <= 1, "in (0, 1]")
     check("ent_coef", _is_real(model.ent_coef, minimum=0), "finite and at least 0")

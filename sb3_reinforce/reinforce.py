@@ -5,6 +5,7 @@ import math
 import pathlib
 from collections import defaultdict
 from collections.abc import Generator, Iterable
+from concurrent.futures import Executor
 from copy import copy
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -55,7 +56,8 @@ from sb3_reinforce.policies import (
 from sb3_reinforce.returns import AdvantageName, batch_normalize
 from sb3_reinforce.rollout import collect_episodes, environment_error, seed_next_episodes, skips_idle_envs
 from sb3_reinforce.sampling import explain_nan, torch_seeded_from, update_rng
-from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, wrap_env
+from sb3_reinforce.vec_env import EnvSource, EpisodeRunner, EpisodeSchedule, wrap_env
+from sb3_reinforce.workers import Workers, attach_workers, collect_from_workers
 
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
@@ -154,6 +156,12 @@ class REINFORCE(OnPolicyAlgorithm):
         messages
     :param seed: Seed for the pseudo random generators. Without one, environments are not seeded, and a seed for the rest (the
         initial weights, the noise of the actions) is drawn from NumPy's global generator: ``run_seed``
+    :param workers: Where episodes run: None for this process; a number of processes of this machine, at least 1, which end
+        when ``learn()`` does (by loky: the extra ``workers``); or a ``concurrent.futures.Executor``, that of a cluster for
+        instance. The environment must then be an id, an ``EnvSpec`` or a function that makes it. Training is that on one
+        environment in this process to the last bit, whatever the number, which is not saved with a model
+    :param episode_timeout: Seconds that an episode may take in a worker, above 0, before it counts as one that never ends.
+        None for no limit
     :param device: Device (cpu, cuda, ...) on which the code should be run, "auto" for the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: when an argument is out of its range, or the spaces of the environment are not supported
@@ -169,7 +177,7 @@ class REINFORCE(OnPolicyAlgorithm):
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
-        env: GymEnv | str | None,
+        env: EnvSource | None,
         learning_rate: float | Schedule = 1e-3,
         n_steps: int | None = None,
         gamma: float = 0.99,
@@ -195,6 +203,8 @@ class REINFORCE(OnPolicyAlgorithm):
         policy_kwargs: dict[str, Any] | None = None,
         verbose: int = 0,
         seed: int | None = None,
+        workers: int | Executor | None = None,
+        episode_timeout: float | None = None,
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
@@ -226,6 +236,8 @@ class REINFORCE(OnPolicyAlgorithm):
         self.cg_damping = cg_damping
         self.normalize_advantage = normalize_advantage
         self.n_episodes = n_episodes
+        self.workers = workers
+        self.episode_timeout = episode_timeout
         self.max_episode_steps = max_episode_steps
         self.advantage = advantage
         self.baseline = baseline
@@ -245,6 +257,7 @@ class REINFORCE(OnPolicyAlgorithm):
         self._rollout_start: dict[str, Any] | None = None
         self._logged: dict[str, Any] = {}
         self._has_told = False
+        self._running_workers: Workers | None = None
 
         if env is not None:
             self._attach_env(env, policy)
@@ -253,7 +266,7 @@ class REINFORCE(OnPolicyAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
-    def _attach_env(self, env: GymEnv | str, policy: str | type[BasePolicy]) -> None:
+    def _attach_env(self, env: EnvSource, policy: str | type[BasePolicy]) -> None:
         """Wrap and check the environment. SB3's own way refuses actions without bounds, which a Gaussian does not need."""
         self.env = wrap_env(env, self.max_episode_steps, self.verbose)
         self.observation_space = self.env.observation_space
@@ -261,10 +274,13 @@ class REINFORCE(OnPolicyAlgorithm):
         self.n_envs = self.env.num_envs
         self._vec_normalize_env = unwrap_vec_normalize(self.env)
         check_spaces(self, policy)
+        attach_workers(self.workers, self.env)
 
-    def set_env(self, env: GymEnv | str, force_reset: bool = True) -> None:
+    def set_env(self, env: EnvSource, force_reset: bool = True) -> None:
         """Learn from another environment, see SB3. In a callback, the rollout that is running ends in the one it began in."""
-        super().set_env(wrap_env(env, self.max_episode_steps, self.verbose), force_reset)
+        env = wrap_env(env, self.max_episode_steps, self.verbose)
+        attach_workers(self.workers, env)
+        super().set_env(env, force_reset)
 
     def _setup_model(self) -> None:
         if self.n_steps is None and self.n_episodes is None:
@@ -320,7 +336,9 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _next_schedule(self, n_rollout_steps: int | None) -> EpisodeSchedule:
         min_transitions = (n_rollout_steps or 0) * self.n_envs
-        return EpisodeSchedule(self.n_envs, min_transitions, self.n_episodes or 0, self._next_episode, self.seed)
+        assert self.env is not None
+        seed = self.seed if getattr(self.env.unwrapped, "seeds_episodes", False) else None
+        return EpisodeSchedule(self.n_envs, min_transitions, self.n_episodes or 0, self._next_episode, seed)
 
     def collect_rollouts(
         self,
@@ -342,7 +360,14 @@ class REINFORCE(OnPolicyAlgorithm):
         self._rollout_start = dict(self._resume_point(), _last_obs=None)
         self.logger.record("rollout/seed", self.run_seed, exclude="tensorboard")
         schedule = self._next_schedule(n_rollout_steps)
-        if not collect_episodes(self, callback, rollout_buffer, schedule, self.run_seed, self.bootstrap_timeouts):
+        if self.workers is None:
+            is_complete = collect_episodes(self, callback, rollout_buffer, schedule, self.run_seed, self.bootstrap_timeouts)
+        else:
+            self._running_workers = self._running_workers or Workers(self.workers)
+            is_complete = collect_from_workers(
+                self, callback, rollout_buffer, schedule, self._running_workers, self.bootstrap_timeouts
+            )
+        if not is_complete:
             return False
 
         values, action_values, features = rollout_buffer.values, None, None
@@ -599,7 +624,7 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.seed is None:
             reasons.append(f"there is no seed for environments (weights and actions are those of seed={self.run_seed})")
         assert self.env is not None
-        if not isinstance(env := self.env.unwrapped, EpisodeVecEnv):
+        if not getattr(env := self.env.unwrapped, "seeds_episodes", False):
             reasons.append(f"a {type(env).__name__} does not seed each episode")
         elif self.n_envs > 1 and not skips_idle_envs(self.env):
             reasons.append(f"a {type(self.env).__name__} steps idle environments along")
@@ -612,6 +637,7 @@ class REINFORCE(OnPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("The model has no environment to learn from: give one to load() or set_env()")
+        attach_workers(self.workers, self.env)
         if reset_num_timesteps:
             self._last_obs = self._rollout_start = None
             self._n_iterations = 0
@@ -631,7 +657,7 @@ class REINFORCE(OnPolicyAlgorithm):
                 self.logger.name_to_count[name] = count
         self._logged = {}
         self._tell_limits()
-        if isinstance(episode_env, EpisodeVecEnv):
+        if isinstance(episode_env, EpisodeRunner):
             if is_reset:
                 episode_env.owner = self
         elif not is_reset:
@@ -670,6 +696,9 @@ class REINFORCE(OnPolicyAlgorithm):
             release_signals(callback)
             raise
         finally:
+            if self._running_workers is not None:
+                self._running_workers.close()
+                self._running_workers = None
             self._logged = self._resume_point()["_logged"]
         callback.on_training_end()
         return self
@@ -689,8 +718,9 @@ class REINFORCE(OnPolicyAlgorithm):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        # The checkpoint callback includes the last one
-        return [*super()._excluded_save_params(), "_rollout_start", "_has_told", "_log_state"]
+        # The checkpoint callback includes the state of the logs
+        own = ["_rollout_start", "_has_told", "_log_state", "workers", "_running_workers"]
+        return [*super()._excluded_save_params(), *own]
 
     def save(
         self,
@@ -730,7 +760,7 @@ class REINFORCE(OnPolicyAlgorithm):
     def load(
         cls: type[SelfREINFORCE],
         path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | str | None = None,
+        env: EnvSource | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> SelfREINFORCE:
@@ -755,4 +785,5 @@ class REINFORCE(OnPolicyAlgorithm):
         content, saved = read_model_file(path, changes)
         if env is not None:
             env = wrap_env(env, changes.get("max_episode_steps", saved.get("max_episode_steps")), saved.get("verbose", 0))
+            attach_workers(changes.get("workers"), env)
         return super().load(content, env, *args, **kwargs)
