@@ -11,12 +11,13 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-lowest slow article throughput peers format clean
+.PHONY: help train test test-lowest test-extras slow article throughput peers format clean
 
 help:
 	@echo "make train    train on LunarLanderContinuous-v3 and show what came out; options with ARGS=\"...\""
 	@echo "make test     lint, types and the fast tests"
 	@echo "make test-lowest  the fast tests with the lowest versions that pyproject.toml admits, in an environment of its own"
+	@echo "make test-extras  the tests of EnvPool and Ray, which it installs: a gigabyte (Python 3.11 or newer)"
 	@echo "make slow     the tests that train for minutes"
 	@echo "make article  five seeds of the article's recipe against the article's code (a few minutes)"
 	@echo "make throughput  steps a second beside peers and the environment alone (ten minutes)"
@@ -64,6 +65,10 @@ test-lowest: constraints.txt pyproject.toml
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(LOWEST)/constraints.txt torch
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(LOWEST)/constraints.txt -e '.[dev,plots]'
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 $(ARGS)
+
+test-extras: $(STAMP)
+	$(PIP) install -q -c constraints.txt -e '.[envpool,ray]'
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "slow or not slow" tests/test_envpool.py tests/integration/test_workers.py $(ARGS)
 
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
