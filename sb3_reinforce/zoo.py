@@ -4,6 +4,7 @@ RL Zoo: its own commands, with ``reinforce`` among the algorithms.
     python -m sb3_reinforce.zoo train --env LunarLanderContinuous-v3     # or: sb3-reinforce train ...
     python -m sb3_reinforce.zoo enjoy --env LunarLanderContinuous-v3
     python -m sb3_reinforce.zoo train --env LunarLanderContinuous-v3 -i logs/reinforce/LunarLanderContinuous-v3_1   # goes on
+    python -m sb3_reinforce.zoo train --env LunarLanderContinuous-v3 --workers 4
 
 A script of your own calls :func:`register` before it calls rl_zoo3.
 """
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ from unittest import mock
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
@@ -36,11 +39,15 @@ from sb3_reinforce.callbacks import (
     restore_evaluations,
     statistics_path,
 )
+from sb3_reinforce.checks import read_model_file
 from sb3_reinforce.reinforce import REINFORCE
-from sb3_reinforce.vec_env import EpisodeVecEnv
+from sb3_reinforce.vec_env import EpisodeVecEnv, wrap_env
+from sb3_reinforce.workers import EnvFactory
 
 ALGO = "reinforce"
 _DEFAULTS = ["--algo", ALGO, "--folder", "logs"]
+#: Environment variable with the number of workers of ``train``
+WORKERS = "SB3_REINFORCE_WORKERS"
 #: The commands of rl_zoo3 and their default options here: folders are those that ``train`` writes, and ``enjoy``, which would
 #: cut episodes as training does, has the environment's own time limit.
 COMMANDS: dict[str, list[str]] = {
@@ -97,6 +104,9 @@ class Experiments(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.workers = int(os.environ.get(WORKERS, 0))
+        if self.workers and (self.algo != ALGO or self.optimize_hyperparameters):
+            raise SystemExit(f"--workers are for training with {ALGO}, not for others, nor for -optimize (--n-jobs)")
         self.goes_on = self.algo == ALGO and self.continue_training and is_checkpoint(self.trained_agent)
         if self.algo == ALGO:
             self.config = find_config(kwargs.get("config"))
@@ -109,6 +119,33 @@ class Experiments(_Base):
             self.params_path = f"{self.save_path}/{self.env_name}"
             self.monitor_kwargs["override_existing"] = False
 
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
+        if eval_env or no_log or not self.workers:
+            if self.goes_on and not (eval_env or no_log):
+                self._begin_monitor_files(n_envs)
+            return super().create_envs(n_envs, eval_env, no_log)
+        if self.normalize or self.frame_stack is not None or self.vec_env_wrapper is not None:
+            raise SystemExit(
+                "--workers: wrappers of a VecEnv (normalize, frame_stack, vec_env_wrapper) cannot be sent to them"
+            )
+        env = EnvFactory(self.env_name.gym_id, self.env_kwargs, self.env_wrapper, {}, self.save_path, self.monitor_kwargs)
+        return wrap_env(env)
+
+    def _begin_monitor_files(self, n_envs: int) -> None:
+        """Those of environments that were not there before: a monitor that appends to a file writes no header."""
+        header: dict[str, Any] = dict(t_start=time.time(), env_id=self.env_name.gym_id)
+        for path in (f"{self.save_path}/{index}.{Monitor.EXT}" for index in range(n_envs)):
+            if not os.path.exists(path):
+                ResultsWriter(path, header, self.monitor_kwargs.get("info_keywords", ())).close()
+
+    def _preprocess_action_noise(self, hyperparams: Any, saved_hyperparams: Any, env: Any) -> Any:
+        if self.workers:
+            hyperparams["workers"] = self.workers
+            # They are one environment to the algorithm: batches stay as large as in the file
+            if "n_steps" in hyperparams:
+                hyperparams["n_steps"] *= self.n_envs
+        return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
+
     def create_callbacks(self) -> None:
         super().create_callbacks()
         if self.algo == ALGO and not self.optimize_hyperparameters:
@@ -120,8 +157,16 @@ class Experiments(_Base):
             return super()._load_pretrained_agent(hyperparams, env)
         # With the seed and the hyperparameters that it has
         print(f"Going on from {self.trained_agent}")
+        _, saved = read_model_file(self.trained_agent, {})
         model = REINFORCE.load(
-            self.trained_agent, env, device=self.device, tensorboard_log=self.tensorboard_log, verbose=self.verbose
+            self.trained_agent,
+            env,
+            # Batches stay as large, with workers or without
+            n_steps=saved["n_steps"] and saved["n_steps"] * saved["n_envs"] // env.num_envs,
+            device=self.device,
+            tensorboard_log=self.tensorboard_log,
+            verbose=self.verbose,
+            workers=self.workers or None,
         )
         self.n_timesteps -= model.num_timesteps
         for callback in self.callbacks:
@@ -149,6 +194,15 @@ class Experiments(_Base):
 def is_checkpoint(path: str) -> bool:
     """Whether a file is named as those of :class:`~sb3_reinforce.callbacks.AtomicCheckpointCallback` are."""
     return re.fullmatch(r"checkpoint_\d+_steps\.zip", os.path.basename(path)) is not None
+
+
+def take_workers(options: list[str]) -> list[str]:
+    """Options of ``train`` without ``--workers N``, which RL Zoo does not know: its managers find it in the environment."""
+    parser = argparse.ArgumentParser(prog="sb3-reinforce train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--workers", type=int, default=0)
+    arguments, others = parser.parse_known_args(options)
+    os.environ[WORKERS] = str(arguments.workers)
+    return others
 
 
 def find_checkpoint(options: list[str]) -> list[str]:
@@ -290,7 +344,7 @@ def main() -> None:
 
     command = arguments.command
     # A repeated option overrides the default
-    options = find_checkpoint(arguments.options) if command == "train" else arguments.options
+    options = find_checkpoint(take_workers(arguments.options)) if command == "train" else arguments.options
     sys.argv = [f"sb3-reinforce {command}", *COMMANDS[command], *options]
     if command not in _SCRIPTS:
         getattr(importlib.import_module("rl_zoo3.cli"), command)()

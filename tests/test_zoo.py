@@ -25,6 +25,7 @@ import rl_zoo3.train
 import torch as th
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -49,6 +50,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     zoo.register()
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv(zoo.WORKERS, "0")
     monkeypatch.setattr(huggingface_sb3, "load_from_hub", huggingface_sb3.load_from_hub)
 
 
@@ -218,6 +220,48 @@ def test_a_run_that_has_ended_goes_on_in_its_folder_for_more_steps(tmp_path: Pat
             run(monkeypatch, "train", *GOES_ON, "-n", "1000", "-i", f"{folder}/")
     run(monkeypatch, "train", *GOES_ON, "-n", "1000", "-i", str(tmp_path / folder))
     assert_same_as_without_a_stop(tmp_path, monkeypatch, 1000)
+
+
+def test_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Batches are as large as without them, training is that on one environment, and a run goes on with other workers."""
+    pytest.importorskip("loky")
+    # Processes import this package from where this one does
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, sys.path)]))
+    one = [*GOES_ON[:-2], "n_steps:80", "n_envs:1", "-n", "600", "--seed", "5"]
+    models = {}
+    for name, options, path in (
+        ("workers", [*GOES_ON, "-n", "300", "--seed", "5", "--workers", "2"], "workers"),
+        ("one", one, "one"),
+        ("other workers", [*GOES_ON, "-n", "600", "--workers=1", "-i", f"logs/reinforce/{CARTPOLE}_1"], "workers"),
+        ("none", [*GOES_ON, "-n", "900", "-i", f"logs/reinforce/{CARTPOLE}_1"], "workers"),
+    ):
+        (tmp_path / path).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / path)
+        run(monkeypatch, "train", *options)
+        models[name] = REINFORCE.load(f"logs/reinforce/{CARTPOLE}_1/{CARTPOLE}.zip")
+    n_steps = [(model.n_steps, model.n_envs) for model in models.values()]
+    assert n_steps == [(80, 1), (80, 1), (80, 1), (40, 2)]
+    assert_same_parameters(models["other workers"], models["one"])
+    assert models["none"].num_timesteps >= 900
+    results = load_results(str(tmp_path / "workers" / "logs" / "reinforce" / f"{CARTPOLE}_1"))
+    assert set(load_results(str(tmp_path / "one" / "logs" / "reinforce" / f"{CARTPOLE}_1"))["r"]) <= set(results["r"])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--algo", "ppo", "--env", CARTPOLE], "--workers are for training with reinforce"),
+        (["--env", CARTPOLE, "-optimize"], "--workers are for training with reinforce"),
+        (["--env", CARTPOLE, "-params", "normalize:True"], "wrappers of a VecEnv"),
+        (["--env", CARTPOLE, "-params", "frame_stack:2"], "wrappers of a VecEnv"),
+    ],
+)
+def test_workers_are_refused_where_they_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=words):
+        run(monkeypatch, "train", *options, "--workers", "2")
 
 
 def test_a_run_with_vec_normalize_goes_on_with_its_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
