@@ -5,8 +5,9 @@ Learning, over many seeds: one JSON a run, in ``results/learning/ENV/NAME/seed_K
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo reinforce trpo ppo --name race --until 200
     python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 8000-8019 --timesteps 1000000
 
-Algorithms are those of RL Zoo, each with the settings of its hyperparameter file, and ``defaults``: REINFORCE as its
-constructor makes it, on an environment named by a string. Runs that are there already are skipped. Every so many steps the
+Algorithms are those of RL Zoo, each with the settings of its hyperparameter file; ``defaults``: REINFORCE as its
+constructor makes it, on an environment named by a string; and REINFORCE with the settings of its file on two ``workers``, or
+on 16 environments of ``envpool`` (training only). Runs that are there already are skipped. Every so many steps the
 deterministic policy is evaluated on environments that training never sees, with the clock of the run stopped; at the end, the
 final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another ``--name``, as do
 other ``--timesteps``, and training in pieces (``--pieces 2000``: that many steps in each call of ``learn()``). Several
@@ -16,10 +17,13 @@ algorithms take turns, seed by seed, so that their seconds are those of one mach
 import argparse
 import contextlib
 import io
+import os
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch as th
@@ -31,24 +35,29 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_nor
 
 from benchmarks.common import RESULTS, provenance, write_json
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
+from sb3_reinforce.envpool import EnvPoolVecEnv
 from sb3_reinforce.vec_env import EpisodeVecEnv
 
 FOLDER = RESULTS / "learning"
 #: Seeds of environments count up from here for evaluations: those of training are below 2**31, plus the environment's index
 EVALUATION_SEED = 2**31 + 10_000
+#: Environments of a pool
+POOL = 16
 
 
 class Evaluations(BaseCallback):
     """
     Evaluates the deterministic policy between rollouts, off the clock.
 
+    :param env_id: on which environment
     :param every: steps from one evaluation to the next
     :param n_episodes: of one evaluation
     :param until: stop training when an evaluation reaches this return
     """
 
-    def __init__(self, every: int, n_episodes: int, until: float | None):
+    def __init__(self, env_id: str, every: int, n_episodes: int, until: float | None):
         super().__init__()
+        self.env_id = env_id
         self.every = every
         self.n_episodes = n_episodes
         self.until = until
@@ -59,7 +68,7 @@ class Evaluations(BaseCallback):
         self.env: VecEnv | None = None
 
     def _init_callback(self) -> None:
-        self.env = self.env or evaluation_env(self.model)
+        self.env = self.env or evaluation_env(self.model, self.env_id)
 
     def _on_step(self) -> bool:
         return not self.passed
@@ -84,11 +93,10 @@ class Evaluations(BaseCallback):
         self.started += time.perf_counter() - stopped
 
 
-def evaluation_env(model: BaseAlgorithm) -> VecEnv:
+def evaluation_env(model: BaseAlgorithm, env_id: str) -> VecEnv:
     """Ten copies of the plain environment (with the model's VecNormalize, if it has one, which no longer learns)."""
     assert model.env is not None
-    spec = model.env.get_attr("spec", 0)[0]
-    env: Any = make_vec_env(spec.id, 10, EVALUATION_SEED, env_kwargs=dict(render_mode=None), vec_env_cls=EpisodeVecEnv)
+    env: Any = make_vec_env(env_id, 10, EVALUATION_SEED, env_kwargs=dict(render_mode=None), vec_env_cls=EpisodeVecEnv)
     if unwrap_vec_normalize(model.env) is not None:
         env = VecNormalize(env, training=False, norm_reward=False)
     return env
@@ -100,6 +108,11 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> list[float]:
     returns, _ = evaluate_policy(model, env, n_episodes, return_episode_rewards=True)
     assert isinstance(returns, list)
     return returns
+
+
+def make_pool(manager: Any, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+    """The environments of an experiment, in EnvPool."""
+    return EnvPoolVecEnv(manager.env_name.gym_id, n_envs, manager.seed, **manager.env_kwargs)
 
 
 def make_model(
@@ -119,10 +132,18 @@ def make_model(
     import sb3_reinforce.zoo
 
     sb3_reinforce.zoo.register()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        manager = rl_zoo3.exp_manager.ExperimentManager(
+    manager_class = rl_zoo3.exp_manager.ExperimentManager
+    other_ways = contextlib.ExitStack()
+    if algo == "workers":
+        other_ways.enter_context(mock.patch.dict(os.environ, {sb3_reinforce.zoo.WORKERS: "2"}))
+    elif algo == "envpool":
+        other_ways.enter_context(mock.patch.object(manager_class, "create_envs", make_pool))
+        # Batches as large as with the eight environments of the file, or the next larger ones
+        params = dict(n_envs=POOL, n_steps=63) | params
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), other_ways:
+        manager = manager_class(
             argparse.Namespace(),
-            algo,
+            "reinforce" if algo in ("workers", "envpool") else algo,
             env_id,
             folder,
             n_timesteps=timesteps or 0,
@@ -143,14 +164,14 @@ def make_model(
 def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:
     th.set_num_threads(1)
     model, learning = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
-    evaluations = Evaluations(arguments.every, arguments.episodes, arguments.until)
+    evaluations = Evaluations(env_id, arguments.every, arguments.episodes, arguments.until)
     total = learning["total_timesteps"]
     while model.num_timesteps < total and not evaluations.passed:
         callback = [evaluations, *learning["callback"]]
         model.learn(arguments.pieces or total, callback=callback, reset_num_timesteps=arguments.pieces is None)
     seconds = time.perf_counter() - evaluations.started
     # The same episodes for every run, however often it was evaluated before
-    final = [] if evaluations.passed else evaluate(model, evaluation_env(model), 100)
+    final = [] if evaluations.passed else evaluate(model, evaluation_env(model, env_id), 100)
     write_json(
         FOLDER / env_id / name / f"seed_{seed}.json",
         dict(
@@ -182,7 +203,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", required=True)
-    parser.add_argument("--algo", nargs="+", default=["reinforce"], help="reinforce, defaults, ppo, a2c, trpo")
+    parser.add_argument(
+        "--algo", nargs="+", default=["reinforce"], help="reinforce, defaults, workers, envpool, ppo, a2c, trpo"
+    )
     parser.add_argument("--seeds", type=seeds, default="8000-8019")
     parser.add_argument("--timesteps", type=int, help="if not those of the file")
     parser.add_argument("--pieces", type=int, help="steps of each call of learn(), all in one if not given")
@@ -204,8 +227,10 @@ def main() -> None:
         for algo, name in zip(arguments.algo, names, strict=True)
         if not (FOLDER / env_id / name / f"seed_{seed}.json").exists()
     ]
-    with get_context("spawn").Pool(arguments.jobs) as pool:
-        pool.starmap(run, missing, chunksize=1)
+    # Not a Pool, whose processes may not start workers
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as executor:
+        for future in [executor.submit(run, *what) for what in missing]:
+            future.result()
 
 
 if __name__ == "__main__":
