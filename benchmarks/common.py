@@ -15,6 +15,9 @@ ADVANTAGES = Path(__file__).parent.parent / "docs" / "advantages.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
+SCALING = Path(__file__).parent.parent / "docs" / "scaling.md"
+
+
 def provenance() -> dict[str, Any]:
     """The command, the versions and the machine behind a result."""
     packages = ("sb3-reinforce", "stable-baselines3", "gymnasium", "torch", "numpy")
