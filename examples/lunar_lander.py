@@ -8,7 +8,7 @@ Train REINFORCE on LunarLanderContinuous-v3, evaluate it, and leave everything t
 Training ends as soon as an evaluation is good enough. A run that was stopped, or killed, goes on from its last checkpoint with
 --resume, and ends with the weights that it would have had. The folder (named at the beginning and at the end) holds the model,
 monitor files (return, length and time of each training episode), the TensorBoard log, a learning curve, a video of one episode
-of the trained policy, and a summary of it all.
+of the trained policy, a summary, and report.html: all of this on one page.
 """
 
 import argparse
@@ -37,8 +37,10 @@ try:
     import imageio.v2 as imageio
     import imageio_ffmpeg  # noqa: F401
     from matplotlib.figure import Figure
+
+    from sb3_reinforce.report import write_report
 except ImportError as error:
-    raise SystemExit(f"{error}. Pictures and videos need: pip install 'sb3-reinforce[plots]'") from error
+    raise SystemExit(f"{error}. Pictures, videos and reports need: pip install 'sb3-reinforce[report]'") from error
 
 ENV = "LunarLanderContinuous-v3"
 SOLVED = 200.0
@@ -116,6 +118,7 @@ def main() -> None:
     result = dict(seed=arguments.seed, steps=model.num_timesteps, seconds=seconds, returns=returns, lengths=lengths)
     summary = write_summary(folder, model, result, video_return)
     print(summary)
+    print(f"The report, to open in a browser: {write_report([folder])}")
     print(f"Everything is in {folder}: return {np.mean(returns):.1f} over {arguments.evaluation_episodes} episodes")
 
 
@@ -228,6 +231,7 @@ def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: fl
 - `learning_curve.png`, `*.monitor.csv`: return and length of every training episode (SB3's `load_results` reads them)
 - `evaluations.npz`: returns of the deterministic policy during training (SB3's `EvalCallback`)
 - `landing.mp4`: one episode of the deterministic policy, return {video_return:.0f}
+- `report.html`: all of this on one page, with the video, hyperparameters and diagnostics
 - `result.json`: the figures above for programs, with the return and length of each evaluation episode
 - `tensorboard/`: `tensorboard --logdir {folder}/tensorboard`
 """

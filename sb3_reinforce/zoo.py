@@ -332,12 +332,17 @@ def _patch_hub() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="sb3-reinforce", description="RL Zoo's commands with REINFORCE; `sb3-reinforce COMMAND --help` lists its options"
+        prog="sb3-reinforce",
+        description="RL Zoo's commands with REINFORCE, and a report on runs; `sb3-reinforce COMMAND --help` lists its options",
     )
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", choices=[*COMMANDS, "report"])
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of the command")
     arguments = parser.parse_args()
     try:
+        if arguments.command == "report":
+            # It needs no rl_zoo3
+            importlib.import_module("sb3_reinforce.report").main(arguments.options)
+            return
         register()
     except ImportError as error:
         raise SystemExit(str(error)) from error

@@ -39,9 +39,10 @@ def test_the_example_leaves_everything_in_the_folder_it_names(
     assert f"Everything is in {folder}: return " in printed
     summary = (folder / "summary.md").read_text()
     assert "new episodes" in summary and summary in printed
-    for name in ("model.zip", "learning_curve.png", "landing.mp4", "result.json", "tensorboard"):
+    for name in ("model.zip", "learning_curve.png", "landing.mp4", "report.html", "result.json", "tensorboard"):
         assert name in summary
         assert (folder / name).exists()
+    assert f"The report, to open in a browser: {folder / 'report.html'}\n" in printed
     assert list((folder / "tensorboard").rglob("events.*"))
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert b"ftyp" in (folder / "landing.mp4").read_bytes()[:16]

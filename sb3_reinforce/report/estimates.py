@@ -1,0 +1,106 @@
+"""Statistics of runs, and how a page says them."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+if TYPE_CHECKING:
+    from sb3_reinforce.report.runs import Run
+
+
+def iqm(values: np.ndarray, axis: int = -1) -> Any:
+    """
+    Interquartile mean: the mean of the middle half (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264).
+
+    :param values: any array
+    :param axis: to average over
+    :return: an array without this axis, or a number
+    """
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def interval(values: np.ndarray, statistic: Callable[..., Any]) -> tuple[Any, Any]:
+    """
+    95 % percentile bootstrap interval of a statistic.
+
+    :param values: (..., n), resampled along the last axis, always in the same way
+    :param statistic: a function of an array and ``axis``
+    :return: lower and upper bounds, (...) each; NaN for fewer than two values
+    """
+    if values.shape[-1] < 2:
+        return np.full(values.shape[:-1], np.nan), np.full(values.shape[:-1], np.nan)
+    options = dict(axis=-1, method="percentile", n_resamples=2000, batch=100, vectorized=True)
+    result = stats.bootstrap((values,), statistic, rng=np.random.default_rng(0), **options)
+    return result.confidence_interval.low, result.confidence_interval.high
+
+
+@dataclass
+class Group:
+    """Runs with the same environment and settings."""
+
+    #: A, B, C, ...
+    label: str
+    env_id: str
+    #: Those in which groups of this environment differ
+    settings: str
+    runs: Sequence["Run"]
+
+    @property
+    def returns(self) -> np.ndarray:
+        """(n_runs,) the mean final return of each run that has one."""
+        return np.array([run.final_returns.mean() for run in self.runs if run.final_returns is not None])
+
+    @property
+    def estimate(self) -> str:
+        """IQM of the returns, and its interval."""
+        returns = self.returns
+        return estimate(iqm(returns), interval(returns, iqm)) if len(returns) else "unknown"
+
+
+def group_runs(runs: Sequence["Run"]) -> list[Group]:
+    """
+    :param runs: to compare
+    :return: them by environment and settings
+    """
+    groups: list[Group] = []
+    labels = map(chr, itertools.count(ord("A")))
+    for env_id in dict.fromkeys(run.env_id for run in runs):
+        of_env = [run for run in runs if run.env_id == env_id]
+        names = list(dict.fromkeys(name for run in of_env for name in run.settings))
+        names = [name for name in names if len({run.settings.get(name) for run in of_env}) > 1]
+        by_settings: dict[str, list[Run]] = {}
+        for run in of_env:
+            text = ", ".join(f"{name}={run.settings.get(name, 'unknown')}" for name in names)
+            by_settings.setdefault(text or "one setting", []).append(run)
+        groups += [Group(next(labels), env_id, text, members) for text, members in by_settings.items()]
+    return groups
+
+
+def number(value: float) -> str:
+    """
+    :param value: to be written
+    :return: four digits of it, or all of those before the point
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def count(things: Any, name: str) -> str:
+    """
+    :param things: what has a length
+    :param name: of one
+    :return: how many there are: "3 runs"
+    """
+    return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
+
+
+def estimate(value: float, bounds: tuple[float, float]) -> str:
+    """
+    :param value: to be written
+    :param bounds: of its interval; NaN if it has none
+    :return: the value and its interval: "3 [2, 4]"
+    """
+    return number(value) if np.isnan(bounds[0]) else f"{number(value)} [{number(bounds[0])}, {number(bounds[1])}]"

@@ -1,0 +1,62 @@
+"""The page about runs, and the command that writes it."""
+
+import argparse
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from sb3_reinforce.callbacks import write_atomically
+from sb3_reinforce.report.drawing import draw_comparison, draw_run
+from sb3_reinforce.report.estimates import count, estimate, group_runs, interval, number
+from sb3_reinforce.report.runs import Run, read_run
+
+
+def render(runs: Sequence[Run]) -> str:
+    """
+    :param runs: one, or several to compare
+    :return: a page of HTML
+    """
+    options: Any = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env = Environment(loader=PackageLoader("sb3_reinforce.report", "."), extensions=["jinja2.ext.do"], **options)
+    env.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
+    env.globals |= dict(count=count, draw_run=draw_run, estimate=estimate, interval=interval, number=number, np=np, zip=zip)
+    groups = group_runs(runs) if len(runs) > 1 else []
+    return env.get_template("report.html").render(runs=runs, groups=groups, pictures=draw_comparison(groups))
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """
+    Write a page about one run, or about several and how they compare.
+
+    :param folders: of the runs
+    :param output: the file; None for ``report.html``, in the folder of a single run or else in the current one
+    :return: the file
+    :raises ValueError: if a folder is that of no run
+    """
+    runs = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.folder)
+    path = Path(output) if output is not None else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
+    write_atomically(path, render(runs).encode())
+    return path
+
+
+def main(options: Sequence[str] | None = None) -> None:
+    """
+    The command ``sb3-reinforce report``.
+
+    :param options: its arguments; None for those of this process
+    """
+    parser = argparse.ArgumentParser(prog="sb3-reinforce report", description="Write a page of HTML about runs.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run")
+    parser.add_argument("--output", metavar="FILE", help="default: report.html in the folder of a single run, or else here")
+    arguments = parser.parse_args(options)
+    try:
+        print(f"The report is {write_report(arguments.runs, arguments.output)}")
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
