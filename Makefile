@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-lowest test-extras slow article throughput peers format clean
+.PHONY: help train test test-lowest test-extras slow docs article throughput peers format clean
 
 help:
 	@echo "make train    train on LunarLanderContinuous-v3 and show what came out; options with ARGS=\"...\""
@@ -19,6 +19,7 @@ help:
 	@echo "make test-lowest  the fast tests with the lowest versions that pyproject.toml admits, in an environment of its own"
 	@echo "make test-extras  the tests of EnvPool and Ray, which it installs: a gigabyte (Python 3.11 or newer)"
 	@echo "make slow     the tests that train for minutes"
+	@echo "make docs     the documentation, in docs/_build/html; runs the notebook (half a minute)"
 	@echo "make article  five seeds of the article's recipe against the article's code (a few minutes)"
 	@echo "make throughput  steps a second beside peers and the environment alone (ten minutes)"
 	@echo "make peers    an environment of its own for the peers that are not installed here"
@@ -73,6 +74,11 @@ test-extras: $(STAMP)
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
 
+# A warning is an error. `make test` builds them in the same way
+docs: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m sphinx -b html -W --keep-going docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 article: $(STAMP)
 	$(PY) -m benchmarks.article --jobs 2 $(ARGS)
 
@@ -89,5 +95,5 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) .venv-peers build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

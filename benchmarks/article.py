@@ -6,7 +6,7 @@ The article's recipe on LunarLanderContinuous-v3, against a run of the article's
 trains one model a seed with ``zoo_configs/article.yml``, writes ``results/article/seed_K.json`` (one entry a batch: steps,
 seconds, mean return, episodes), skips the seeds that are there already, plots them all beside
 ``reference/article_seed0.csv`` into ``docs/images/article.png`` (return against steps and against seconds, and episodes in a
-batch against steps), and says in the README how they compare.
+batch against steps), and says in docs/benchmarks.md how they compare.
 """
 
 import argparse
@@ -20,9 +20,9 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
-from benchmarks.common import IMAGES, README, REFERENCE, RESULTS, fill, provenance, write_json
-from benchmarks.figures import iqm
+from benchmarks.common import IMAGES, PAGE, REFERENCE, RESULTS, fill, provenance, write_json
 from benchmarks.learning import make_model
+from sb3_reinforce.report.estimates import iqm
 
 ENV = "LunarLanderContinuous-v3"
 FOLDER = RESULTS / "article"
@@ -134,7 +134,7 @@ def main() -> None:
         pool.starmap(run, [(seed, arguments.timesteps) for seed in missing], chunksize=1)
     runs = read_runs()
     plot(runs)
-    fill(README, "article", comparison(runs))
+    fill(PAGE, "article", comparison(runs))
     print(f"{comparison(runs)}\nWrote {FIGURE}")
 
 

@@ -12,9 +12,8 @@ RESULTS = Path(__file__).parent / "results"
 REFERENCE = Path(__file__).parent / "reference"
 README = Path(__file__).parent.parent / "README.md"
 ADVANTAGES = Path(__file__).parent.parent / "docs" / "advantages.md"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-
-
 SCALING = Path(__file__).parent.parent / "docs" / "scaling.md"
 
 

@@ -1,5 +1,5 @@
 """
-The learning curves, the tables of final returns and the README's headline, from what `benchmarks.learning` has written.
+The learning curves, tables and headline of the README and of docs/, from what `benchmarks.learning` has written.
 
     python -m benchmarks.figures
 
@@ -10,13 +10,13 @@ environment their stratified bootstrap is the ordinary one).
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
-from scipy import stats
 
-from benchmarks.common import ADVANTAGES, IMAGES, README, fill
+from benchmarks.common import ADVANTAGES, IMAGES, PAGE, README, fill
 from benchmarks.learning import FOLDER
+from sb3_reinforce.report.estimates import interval, iqm
 from sb3_reinforce.returns import AdvantageName
 
 LANDER = "LunarLanderContinuous-v3"
@@ -27,24 +27,17 @@ COLORS = {"reinforce": "tab:blue", "defaults": "tab:cyan", "race-trpo": "tab:red
 ADVANTAGE = "advantage-"
 ADVANTAGE_COLORS = dict(zip(get_args(AdvantageName), ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
 
+#: Return (mean, standard deviation) of one run each on LunarLanderContinuous-v2, and its steps: RL Zoo's benchmark.md
+PUBLISHED = {"TRPO": (262, 21, 0.2), "PPO": (271, 32, 1.0), "A2C": (84, 146, 5.0)}
+ZOO = "[RL Zoo](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)"
+TIANSHOU = "[Tianshou](https://github.com/thu-ml/tianshou/tree/master/examples/mujoco)"
+HERE = "[here](docs/benchmarks.md#final-policies)"
+
 
 def read(env_id: str, name: str) -> list[dict[str, Any]]:
     """The runs of one environment and algorithm, by seed."""
     runs = [json.loads(path.read_text()) for path in (FOLDER / env_id / name).glob("seed_*.json")]
     return sorted(runs, key=lambda run: run["seed"])
-
-
-def iqm(values: np.ndarray, axis: int = -1) -> Any:
-    """Interquartile mean."""
-    return stats.trim_mean(values, 0.25, axis=axis)
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the IQM."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(values.min()), float(values.max())
-    result = stats.bootstrap((values,), iqm, method="percentile", n_resamples=2000, rng=np.random.default_rng(0))
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def solved_at(run: dict[str, Any], what: str) -> float:
@@ -57,11 +50,41 @@ def finals(env_id: str, name: str) -> np.ndarray:
     return np.array([np.mean(run["final_returns"]) for run in read(env_id, name) if run["final_returns"]])
 
 
+def score(returns: np.ndarray, digits: int = 0, bold: str = "") -> str:
+    """IQM and interval, which one seed does not have."""
+    span = "" if len(returns) < 2 else " [{:.{d}f}, {:.{d}f}]".format(*interval(returns, iqm), d=digits)
+    return f"{bold}{iqm(returns):.{digits}f}{bold}{span}"
+
+
 def cells(returns: np.ndarray) -> str:
     """The columns of final returns: IQM, worst and best."""
-    # One seed has no interval
-    span = "" if len(returns) < 2 else " [{:.1f}, {:.1f}]".format(*interval(returns))
-    return f"{iqm(returns):.1f}{span} | {returns.min():.1f}, {returns.max():.1f}"
+    return f"{score(returns, digits=1)} | {returns.min():.1f}, {returns.max():.1f}"
+
+
+class Race(NamedTuple):
+    """The way to the first evaluation of 200 or more: medians over runs. One that never gets there is infinitely late."""
+
+    seconds: float
+    steps: float
+    n_passed: int
+    n_runs: int
+
+    @property
+    def passed(self) -> str:
+        return f"{self.n_passed} of {self.n_runs}"
+
+
+def race(name: str) -> Race | None:
+    """The runs of an algorithm that took turns with others on one core; None if there are none."""
+    if not (runs := read(LANDER, f"race-{name}")):
+        return None
+    seconds, steps = (np.array([solved_at(run, what) for run in runs]) for what in ("seconds", "steps"))
+    return Race(float(np.median(seconds)), float(np.median(steps)), int(np.isfinite(steps).sum()), len(runs))
+
+
+def measured(value: float, form: str) -> str:
+    """A median of a race, which is infinite if half of the runs never got there."""
+    return format(value, form) if np.isfinite(value) else "never"
 
 
 def table() -> str:
@@ -177,12 +200,10 @@ def headline() -> str:
         if not runs:
             continue
         returns = finals(LANDER, name)
-        low, high = interval(returns)
         steps = np.median([run["timesteps"] for run in runs])
         lines.append(
             f"- After {steps / 1e6:.1f} million steps, {np.sum(returns >= SOLVED)} of {len(returns)} seeds return 200 or "
-            f"more: IQM {iqm(returns):.0f} [{low:.0f}, {high:.0f}], worst {returns.min():.0f} (100 deterministic episodes of "
-            "each final policy)."
+            f"more: IQM {score(returns)}, worst {returns.min():.0f} (100 deterministic episodes of each final policy)."
         )
     first = read(LANDER, "reinforce")
     steps = np.array([solved_at(run, "steps") for run in first])
@@ -190,31 +211,51 @@ def headline() -> str:
     lines.append(f"- The median seed first passes 200 after {np.median(steps):,.0f} steps, nine of ten within {late:,.0f}.")
     below = np.concatenate([below_after_pass(run) for run in first])
     lines.append(f"- From 50,000 steps after that on, {below.mean():.1%} of {len(below):,} evaluations are below 200.")
-    # These took turns on one core
-    race = {name: read(LANDER, f"race-{name}") for name in ("reinforce", "trpo", "ppo")}
-    medians = {
-        name: [np.median([solved_at(run, what) for run in runs]) for what in ("seconds", "steps")]
-        for name, runs in race.items()
-        if runs
-    }
-    if "reinforce" in medians:
-        lines.append(
-            "- Until that, in turn on one core (medians): "
-            + "; ".join(
-                f"{name.upper()} {seconds:.1f} seconds and {steps:,.0f} steps ({len(race[name])} seeds"
-                + (f", {seconds / medians['reinforce'][0]:.1f} times as long)" if name != "reinforce" else ")")
-                for name, (seconds, steps) in medians.items()
+    races = {name: found for name in ("reinforce", "trpo", "ppo") if (found := race(name)) is not None}
+    if "reinforce" in races:
+        ours = races["reinforce"].seconds
+        texts = []
+        for name, found in races.items():
+            way = f"{found.seconds:.1f} seconds and {found.steps:,.0f} steps"
+            longer = "" if name == "reinforce" else f", {found.seconds / ours:.1f} times as long"
+            is_late = found.seconds == np.inf
+            texts.append(
+                f"{name.upper()} {'never passes' if is_late else way} ({found.passed} seeds{'' if is_late else longer})"
             )
-            + ". TRPO and PPO have RL Zoo's settings."
+        lines.append(
+            f"- Until that, in turn on one core (medians): {'; '.join(texts)}. TRPO and PPO have RL Zoo's settings and "
+            "budgets; a seed that never passes counts as infinitely late."
         )
     return "\n".join([f"On {LANDER}, {len(first)} seeds that no tuning has seen:", "", *lines])
+
+
+def peers() -> str:
+    """Steps and seconds until 200, and the score, beside what others have published."""
+    lines = [
+        "| algorithm | steps to 200 | seconds | seeds that got there | final return | source of the latter |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in ("REINFORCE", *PUBLISHED, "Tianshou's Reinforce"):
+        way, final = "not measured | |", f"MuJoCo only | {TIANSHOU}"
+        if (found := race(name.lower())) is not None:
+            way = f"{measured(found.steps, ',.0f')} | {measured(found.seconds, '.1f')} | {found.passed}"
+        if name == "REINFORCE":
+            returns = finals(LANDER, "reinforce-300k")
+            if len(returns):
+                final = f"{score(returns, bold='**')} after 0.3 M, {len(returns)} seeds | {HERE}"
+        elif name in PUBLISHED:
+            mean, std, millions = PUBLISHED[name]
+            final = f"{mean} ± {std} after {millions:g} M, one run | {ZOO}"
+        lines.append(f"| {name} | {way} | {final} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     for folder in sorted(FOLDER.iterdir()):
         curves(folder.name, IMAGES / f"learning_{folder.name}.png")
-    fill(README, "learning", table())
+    fill(PAGE, "learning", table())
     fill(README, "headline", headline())
+    fill(README, "peers", peers())
     print(f"{table()}\n\n{headline()}")
     if advantage_envs():
         advantage_curves(IMAGES / "advantages.png")

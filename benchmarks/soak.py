@@ -5,7 +5,8 @@ Does a long training keep its memory, files and processes?
 
 Trains on LunarLanderContinuous-v3 as `examples/lunar_lander.py` does, with all that writes files: `Monitor`, TensorBoard,
 checkpoints and evaluations, in a temporary folder. Looks at the process every ten seconds, and compares the minute after the
-first five with the last one. Writes ``results/soak.json``, says whether it holds, and exits with 1 if not.
+first five with the last one. Writes ``results/soak.json``, fills docs/benchmarks.md, says whether it holds, and exits with 1 if
+not.
 
 Box2D's Python bindings lose memory whenever fixtures are made, as each reset of the lander does. How much is measured before
 training, on the environment alone, and taken off for every reset. (SB3's ``Monitor`` keeps three numbers an episode, and
@@ -15,6 +16,7 @@ training, on the environment alone, and taken off for every reset. (SB3's ``Moni
 import argparse
 import ctypes
 import gc
+import json
 import os
 import sys
 import tempfile
@@ -30,7 +32,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from benchmarks.common import RESULTS, provenance, write_json
+from benchmarks.common import PAGE, RESULTS, fill, provenance, write_json
 from benchmarks.throughput import LANDER
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
 
@@ -39,6 +41,7 @@ try:
 except ImportError:
     psutil = None
 
+RESULT = RESULTS / "soak.json"
 #: Relative difference of the resident memory that is none
 TOLERANCE = 0.02
 #: What must not grow at all
@@ -226,11 +229,26 @@ def train(folder: Path, minutes: float, every: float) -> list[Sample]:
     return looks.samples
 
 
+def summary(result: dict[str, Any]) -> str:
+    """What a page says of a result."""
+    figures, last = result["figures"], result["samples"][-1]
+    before, after = (number / 2**20 for number in figures["memory"])
+    counts = "; ".join(f"{name.replace('_', ' ')}: {a:.0f}, then {b:.0f}" for name in COUNTS for a, b in [figures[name]])
+    return (
+        f"{last['steps']:,} steps on {LANDER} in {last['seconds'] / 60:.0f} minutes. Resident memory is {before:.1f} MiB after "
+        f"{result['settled'] / 60:.0f} minutes and {after:.1f} MiB at the end. Resets of the environment alone lose "
+        f"{figures['lost_in_resets'] / 2**20:.1f} MiB of that: {figures['growth']:+.2%} without these. {counts.capitalize()}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two looks")
+    parser.add_argument("--page", action="store_true", help="fill docs/benchmarks.md from the result that is there")
     arguments = parser.parse_args()
+    if arguments.page:
+        return fill(PAGE, "soak", summary(json.loads(RESULT.read_text())))
     if not (arguments.minutes > 0 and arguments.every > 0):
         parser.error("--minutes and --every must be above 0")
     th.set_num_threads(1)
@@ -241,13 +259,9 @@ def main() -> None:
         samples = train(Path(folder), arguments.minutes, arguments.every)
     figures, wrong = judge(samples, settled, min(60.0, settled), lost)
     result = dict(settled=settled, lost_in_a_reset=lost, figures=figures, wrong=wrong)
-    write_json(RESULTS / "soak.json", dict(provenance(), **result, samples=[asdict(sample) for sample in samples]))
-    first, last = (number / 2**20 for number in figures["memory"])
-    print(
-        f"{samples[-1].steps:,} steps in {samples[-1].seconds / 60:.0f} minutes. Resident memory: {first:.1f} MiB after "
-        f"{settled / 60:.0f} minutes, {last:.1f} MiB at the end, of which resets of the environment have lost "
-        f"{figures['lost_in_resets'] / 2**20:.1f} since: {figures['growth']:+.2%} without these"
-    )
+    write_json(RESULT, dict(provenance(), **result, samples=[asdict(sample) for sample in samples]))
+    print(summary(json.loads(RESULT.read_text())))
+    fill(PAGE, "soak", summary(json.loads(RESULT.read_text())))
     if wrong:
         print(f"It does not hold: {'; '.join(wrong)}")
         raise SystemExit(1)

@@ -7,7 +7,7 @@ How fast is it? Steps a second of `learn()` beside its peers and the environment
 Everything runs in one process on one thread (peers that are not installed: in their own), in turn, several times over. All
 that act take the same actions: samples of a standard Gaussian (or a fair coin), because last layers are zero and so are
 learning rates. Prints the table, writes ``results/throughput.json`` (with every single measurement) and
-``docs/images/throughput.png``, and fills the README.
+``docs/images/throughput.png``, and fills docs/benchmarks.md.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from benchmarks.common import IMAGES, README, RESULTS, fill, provenance, write_json
+from benchmarks.common import IMAGES, PAGE, RESULTS, fill, provenance, write_json
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.baselines import LinearBaseline
 from sb3_reinforce.returns import batch_normalize, discounted_returns
@@ -333,7 +333,7 @@ def main() -> None:
     )
     write_json(RESULTS / "throughput.json", result)
     plot(result)
-    fill(README, "throughput", table(result))
+    fill(PAGE, "throughput", table(result))
     for case, group_rates in rates.items():
         for name, rate in medians(group_rates).items():
             print(f"{case:35} {name:30} {rate:10,.0f} steps/s")

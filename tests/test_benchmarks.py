@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from scipy import stats
 from stable_baselines3 import A2C
 
 from benchmarks import article, common, figures, learning, step_time, throughput, variance
@@ -24,7 +23,8 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(learning, "FOLDER", tmp_path / "learning")
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "learning")
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
-    for name, blocks in (("README", ("headline", "learning")), ("ADVANTAGES", ("advantages",))):
+    pages = dict(README=("headline", "peers"), PAGE=("learning",), ADVANTAGES=("advantages",))
+    for name, blocks in pages.items():
         monkeypatch.setattr(figures, name, tmp_path / name)
         (tmp_path / name).write_text("\n".join(f"<!-- {block} --><!-- /{block} -->" for block in blocks))
     return tmp_path
@@ -118,16 +118,32 @@ def test_figures_are_those_of_the_runs(results: Path):
     fake_run("race-reinforce", 0, 250, 400_000)
     fake_run("race-ppo", 0, 250, 900_000)
     fake_run("race-ppo", 1, 250, 700_000)
+    # Two of three never pass
+    for seed in range(3):
+        fake_run("race-trpo", seed, 100, 500_000 if seed == 0 else 2_000_000)
     figures.main()
     readme = (results / "README").read_text()
-    assert "After 1.0 million steps, 7 of 8 seeds return 200 or more: IQM 235 " in readme
+    assert "After 1.0 million steps, 7 of 8 seeds return 200 or more: IQM 235 [" in readme
     assert "worst 100 " in readme
     assert "after 450,000 steps, nine of ten within 800,000" in readme
     # 9 evaluations of the first seed, 2 of the last
     assert "2.3% of 44 evaluations are below 200" in readme
-    assert "REINFORCE 4.0 seconds and 400,000 steps (1 seeds); PPO 8.0 seconds and 800,000 steps (2 seeds, 2.0 times" in readme
-    assert f"| {figures.LANDER} | reinforce | 8 | 1 M | 235.0 [" in readme
+    assert "REINFORCE 4.0 seconds and 400,000 steps (1 of 1 seeds); TRPO never passes (1 of 3 seeds); PPO 8.0 " in readme
+    assert "PPO 8.0 seconds and 800,000 steps (2 of 2 seeds, 2.0 times as long)" in readme
+    assert "\n| TRPO | never | never | 1 of 3 | 262 ± 21 after 0.2 M, one run | [RL Zoo](" in readme
+    assert "\n| PPO | 800,000 | 8.0 | 2 of 2 | 271 ± 32 after 1 M, one run | [RL Zoo](" in readme
+    assert "\n| A2C | not measured | | | 84 ± 146 after 5 M" in readme
+    assert f"| {figures.LANDER} | reinforce | 8 | 1 M | 235.0 [" in (results / "PAGE").read_text()
     assert (results / f"learning_{figures.LANDER}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_never_passes_counts_as_late(results: Path):
+    fake_run("race-reinforce", 0, 250, 400_000)
+    for seed, first in enumerate((500_000, 600_000, 2_000_000)):
+        fake_run("race-trpo", seed, 100, first)
+    fake_run("reinforce", 0, 250, 400_000)
+    assert "TRPO 6.0 seconds and 600,000 steps (2 of 3 seeds, 1.5 times as long)" in figures.headline()
+    assert "\n| TRPO | 600,000 | 6.0 | 2 of 3 |" in figures.peers()
 
 
 def test_advantage_functions_have_a_page_of_their_own(results: Path):
@@ -140,7 +156,7 @@ def test_advantage_functions_have_a_page_of_their_own(results: Path):
     assert rows[3].startswith(f"| {figures.LANDER} | monte_carlo | 4 | 261.5 [") and rows[3].endswith("| 260.0, 263.0 |")
     assert rows[4] == f"| {figures.LANDER} | td | 1 | -50.0 | -50.0, -50.0 |"
     assert (results / "advantages.png").read_bytes().startswith(b"\x89PNG")
-    assert "advantage" not in (results / "README").read_text()
+    assert all("advantage" not in (results / page).read_text() for page in ("README", "PAGE"))
 
 
 def test_a_block_is_filled_and_a_missing_one_is_an_error(tmp_path: Path):
@@ -168,16 +184,6 @@ def test_the_article_is_compared_up_to_the_same_step(monkeypatch: pytest.MonkeyP
     text = article.comparison(runs)
     assert "our seeds return 40, 64 (interquartile mean 52) and the article's one seed 60: 1 of our 2 return less." in text
     assert "40 to 64 against 70" in text and "2 to 2 seconds, the article's 9." in text
-
-
-def test_interval_covers_the_true_value_as_often_as_it_says():
-    """200 experiments of 12 runs from a normal distribution, whose interquartile mean is its mean; fixed seed."""
-    rng = np.random.default_rng(0)
-    bounds = [figures.interval(rng.normal(3, 2, size=12)) for _ in range(200)]
-    covered = sum(low <= 3 <= high for low, high in bounds)
-    # The percentile bootstrap of a dozen runs is known to cover a little less than it says
-    assert 0.85 <= covered / 200 <= 0.98
-    assert figures.iqm(np.array([1.0, 2, 3, 100])) == 2.5 == stats.trim_mean([1, 2, 3, 100], 0.25)
 
 
 def test_clocks_count_every_moment_once(monkeypatch: pytest.MonkeyPatch):

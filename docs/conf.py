@@ -1,0 +1,61 @@
+"""Settings of the documentation: `make docs` builds it to docs/_build/html."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+
+import sb3_reinforce
+
+HERE = Path(__file__).parent
+
+project = "sb3-reinforce"
+author = "sb3-reinforce contributors"
+copyright = f"2026, {author}"
+version = release = sb3_reinforce.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
+exclude_patterns = ["_build", "jupyter_execute"]
+html_theme = "furo"
+html_title = f"sb3-reinforce {version}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+# The pages need no network: no font, script or formula comes from elsewhere
+html_math_renderer = "mathml"
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
+myst_heading_anchors = 3
+# The notebook runs whenever the pages are built, in the folder of a temporary copy. It is not cached: Jupyter's cache notices
+# changes of the notebook, but not of the package that it runs
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_merge_streams = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+highlight_language = "text"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def inline_math(translator: Any, node: nodes.Node) -> None:
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_math(translator: Any, node: nodes.Node) -> None:
+    translator.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    # Sphinx reads what is below this folder only
+    shutil.copyfile(HERE.parent / "examples" / "lunar_lander.ipynb", HERE / "lunar_lander.ipynb")
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))

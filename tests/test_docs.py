@@ -1,0 +1,259 @@
+"""
+The README, the pages and the notebook: code runs, links lead somewhere, and what there is to know is there.
+
+Code blocks marked ``python`` run in order, those of a page in one namespace and one temporary folder, with two changes:
+whole numbers from 10,000 on are 2,000, and ``n_eval_episodes`` is 2. A comment on the line before a block makes an exception:
+
+- ``<!-- skip: REASON -->``: the block is compiled, but does not run;
+- ``<!-- needs: PACKAGE -->``: it is skipped where the package is missing.
+"""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from stable_baselines3.common.logger import KVWriter, Logger
+
+import sb3_reinforce
+from sb3_reinforce import REINFORCE
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "sb3_reinforce"
+NOTEBOOK = ROOT / "examples" / "lunar_lander.ipynb"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+BLOCK = re.compile(
+    r"(?:<!-- (?P<mark>skip|needs): (?P<what>.+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+FENCE = re.compile(r"^(```+|~~~+).*?^\1$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+DIRECTIVE = re.compile(r"^```\{(?:image|include|figure)\} (\S+)", re.MULTILINE)
+#: Blocks that scripts in benchmarks/ fill
+FILLED = {
+    "README.md": ["headline", "peers", "train"],
+    "docs/advantages.md": ["advantages", "variance"],
+    "docs/benchmarks.md": ["article", "learning", "soak", "throughput"],
+    "docs/scaling.md": ["workers"],
+}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[tuple[re.Match, str]]:
+    """The code blocks of a page, padded so that tracebacks have the line numbers of the page."""
+    text = page.read_text(encoding="utf-8")
+    return [(match, "\n" * text.count("\n", 0, match.start("code")) + match["code"]) for match in BLOCK.finditer(text)]
+
+
+def shorten(code: str) -> str:
+    code = re.sub(r"\bn_eval_episodes=\d+", "n_eval_episodes=2", code)
+    return re.sub(r"(?<![\w.])\d[\d_]*\b(?!\.)", lambda number: number[0] if int(number[0]) < 10_000 else "2_000", code)
+
+
+def test_numbers_of_steps_are_shortened_and_others_are_not():
+    code = "learn(300_000, seed=0, n_steps=4000, gamma=0.99999), evaluate_policy(model, env, n_eval_episodes=100)"
+    short = "learn(2_000, seed=0, n_steps=4000, gamma=0.99999), evaluate_policy(model, env, n_eval_episodes=2)"
+    assert shorten(code) == short
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    # What workers get of a script is pickled by value, as what `python script.py` defines
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    missing = []
+    for match, code in blocks(page):
+        compiled = compile(shorten(code), str(page), "exec")
+        if match["mark"] == "needs" and importlib.util.find_spec(match["what"]) is None:
+            missing.append(match["what"])
+        elif match["mark"] != "skip":
+            exec(compiled, namespace)
+    if missing:
+        pytest.skip(f"the other blocks ran; not installed: {', '.join(missing)}")
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_prints_what_the_headline_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    for _, code in blocks(ROOT / "README.md"):
+        exec(compile(code, "README.md", "exec"), {"np": np})
+    mean, _ = map(float, re.findall(r"-?\d+\.\d+", capsys.readouterr().out))
+    headline = (ROOT / "README.md").read_text().split("<!-- headline -->")[1]
+    iqm, worst = map(float, re.search(r"IQM (\d+) .*?worst (\d+)", headline).groups())  # type: ignore[union-attr]
+    assert mean > worst - 20 and abs(mean - iqm) < 30
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page, as GitHub and MyST make them of headings."""
+    if path.suffix == ".ipynb":
+        text = "\n\n".join(markdown_cells(path))
+    elif path.suffix == ".md":
+        text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    else:
+        return set()
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+    return slugs | set(re.findall(r"^\((.+)\)=$", text, re.MULTILINE))
+
+
+def markdown_cells(path: Path) -> list[str]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+
+
+def documented_objects() -> set[str]:
+    """What autodoc is asked for in api.md, by its full name."""
+    text, names, module, owner = (DOCS / "api.md").read_text(), set(), "", ""
+    for line in text.splitlines():
+        if match := re.match(r"\.\. (currentmodule|automodule|autoclass|autofunction|autodata):: (\S+)", line):
+            kind, name = match.groups()
+            if kind in ("currentmodule", "automodule"):
+                module, owner = name, name
+            else:
+                owner = name if name.startswith("sb3_reinforce") else f"{module}.{name}"
+            names.add(owner)
+        elif match := re.match(r"   :members:(.*)", line):
+            listed = [member.strip() for member in match[1].split(",") if member.strip()]
+            if not listed:
+                source = importlib.import_module(owner)
+                listed = [name for name, value in vars(source).items() if getattr(value, "__module__", "") == owner]
+            names |= {f"{owner}.{member}" for member in listed}
+        elif line.startswith("```"):
+            module = owner = ""
+    return names
+
+
+def problem(target: str, path: Path, folder: Path) -> str | None:
+    """What is wrong with a link of a file whose relative links begin at a folder."""
+    if re.match(r"[a-z]+:", target):
+        parts = urlsplit(target)
+        return None if parts.scheme == "https" and re.fullmatch(r"[\w.-]+\.[a-z]+", parts.netloc) else "no https address"
+    file, _, anchor = target.partition("#")
+    other = (folder / file).resolve() if file else path
+    if other == DOCS / NOTEBOOK.name:
+        # conf.py copies it
+        other = NOTEBOOK
+    if not other.is_relative_to(ROOT) or not other.exists():
+        return "no such file"
+    if not anchor or anchor in anchors(other) or (not file and anchor in documented_objects()):
+        return None
+    return "no such heading, and nothing in api.md"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", NOTEBOOK], ids=name_of)
+def test_links_lead_somewhere(page: Path):
+    if page == NOTEBOOK:
+        text, folder = "\n\n".join(markdown_cells(page)), DOCS
+    else:
+        text, folder = page.read_text(encoding="utf-8"), page.parent
+    targets = LINK.findall(FENCE.sub("", text)) + DIRECTIVE.findall(text)
+    wrong = {target: what for target in targets if (what := problem(target, page, folder)) is not None}
+    assert not wrong
+
+
+def test_wrong_links_are_noticed():
+    here = DOCS / "index.md"
+    for target in (
+        "nowhere.md",
+        "limits.md#nowhere",
+        "#nowhere",
+        "#sb3_reinforce.nothing",
+        "http://a.org",
+        "https://a b",
+        "/etc",
+    ):
+        assert problem(target, here, DOCS) is not None
+    for target in ("limits.md#where-this-package-falls-short", "#sb3_reinforce.returns.discounted_returns", "https://a.b/c"):
+        assert problem(target, here, DOCS) is None
+
+
+@pytest.mark.parametrize("page", FILLED)
+def test_every_block_that_a_script_fills_is_there_once_and_not_empty(page: str):
+    for path in PAGES:
+        text = FENCE.sub("", path.read_text(encoding="utf-8"))
+        for block in FILLED[page]:
+            found = re.findall(f"<!-- {block} -->(.*?)<!-- /{block} -->", text, re.DOTALL)
+            assert len(found) == (path == ROOT / page)
+            assert all(content.strip() for content in found)
+
+
+def test_every_argument_is_explained():
+    explained = (DOCS / "settings.md").read_text()
+    unexplained = [name for name in inspect.signature(REINFORCE).parameters if f"`{name}`" not in explained]
+    assert unexplained == ["policy_kwargs", "_init_setup_model"]
+    assert all(f"{kwarg}" in explained for kwarg in ("net_arch", "activation_fn", "ortho_init", "log_std_init"))
+
+
+def test_every_public_name_is_in_the_api():
+    assert {f"sb3_reinforce.{name}" for name in sb3_reinforce.__all__} <= documented_objects()
+
+
+def test_every_log_key_is_explained():
+    logged = set()
+
+    class Writer(KVWriter):
+        def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+            logged.update(key_values)
+
+    for env, kwargs in (("CartPole-v1", {"advantage": "advantage"}), ("Pendulum-v1", {"target_kl": None})):
+        model = REINFORCE("MlpPolicy", env, n_episodes=1, seed=0, **kwargs)
+        model.set_logger(Logger(None, [Writer()]))
+        model.learn(500)
+    explained = set(re.findall(r"`([a-z]+/[a-z_]+)`", (DOCS / "log.md").read_text()))
+    assert len(logged) > 15 and logged <= explained
+
+
+def message(node: ast.AST) -> str:
+    """A text in source code, with three dots for what is filled in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(message, node.values))
+    return str(node.value) if isinstance(node, ast.Constant) else "..."
+
+
+def test_every_message_on_the_page_of_errors_is_in_the_code():
+    nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    called = [message(node.args[0]) for node in nodes if isinstance(node, ast.Call) and node.args]
+    listed = re.findall(r"^\| (``?)(.+?)\1 \|", (DOCS / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    patterns = {text: re.escape(text).replace(re.escape("..."), ".*") for _, text in listed}
+    assert len(patterns) > 30
+    assert [text for text, pattern in patterns.items() if not any(re.match(pattern, other) for other in called)] == []
+
+
+def test_the_notebook_is_small_and_without_outputs():
+    assert NOTEBOOK.stat().st_size < 50_000
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells)
+
+
+def test_the_pages_build_without_warnings_and_the_notebook_lands(tmp_path: Path):
+    """What `make docs` does."""
+    for package in ("sphinx", "furo", "myst_nb", "sphinx_copybutton", "latex2mathml"):
+        pytest.importorskip(package, reason="the pages need: pip install 'sb3-reinforce[docs]'")
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-W", "--keep-going", str(DOCS), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+    # Formulas need no script, and no page anything from elsewhere
+    assert (tmp_path / "algorithm.html").read_text().count("<math ") > 20
+    for page in tmp_path.glob("*.html"):
+        assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?:', page.read_text()), page.name
+
+    notebook = (tmp_path / "lunar_lander.html").read_text()
+    assert notebook.count("<img ") >= 5 and 'src="data:video/mp4;base64' in notebook
+    returned = re.search(r"the deterministic policy returns (\d+)", notebook)
+    assert returned is not None and int(returned[1]) > 200
