@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-lowest test-extras slow docs article throughput peers format clean
+.PHONY: help train test test-lowest test-extras slow docs dist smoke article throughput peers format clean
 
 help:
 	@echo "make train    train on LunarLanderContinuous-v3 and show what came out; options with ARGS=\"...\""
@@ -20,6 +20,8 @@ help:
 	@echo "make test-extras  the tests of EnvPool and Ray, which it installs: a gigabyte (Python 3.11 or newer)"
 	@echo "make slow     the tests that train for minutes"
 	@echo "make docs     the documentation, in docs/_build/html; runs the notebook (half a minute)"
+	@echo "make dist     what a release consists of, in dist/, and checks it"
+	@echo "make smoke    the wheel in an environment of its own: example, zoo train and enjoy from another folder"
 	@echo "make article  five seeds of the article's recipe against the article's code (a few minutes)"
 	@echo "make throughput  steps a second beside peers and the environment alone (ten minutes)"
 	@echo "make peers    an environment of its own for the peers that are not installed here"
@@ -79,6 +81,22 @@ docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m sphinx -b html -W --keep-going docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
+# In an environment of its own: few need what uploads a release
+RELEASE := .venv-release
+dist: constraints.txt pyproject.toml
+	"$(PYTHON)" -m venv --clear $(RELEASE)
+	$(RELEASE)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt build twine
+	rm -rf dist
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+
+SMOKE := .venv-smoke
+smoke: dist
+	"$(PYTHON)" -m venv --clear $(SMOKE)
+	$(SMOKE)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
+	$(SMOKE)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt "$$(echo dist/*.whl)[report,zoo]"
+	$(SMOKE)/bin/python tests/smoke.py
+
 article: $(STAMP)
 	$(PY) -m benchmarks.article --jobs 2 $(ARGS)
 
@@ -95,5 +113,5 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .venv-peers build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(RELEASE) $(SMOKE) .venv-peers build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
