@@ -5,8 +5,8 @@ Does a long training keep its memory, files and processes?
 
 Trains on LunarLanderContinuous-v3 as `examples/lunar_lander.py` does, with all that writes files: `Monitor`, TensorBoard,
 checkpoints and evaluations, in a temporary folder. Looks at the process every ten seconds, and compares the minute after the
-first five with the last one. Writes ``results/soak.json``, fills docs/benchmarks.md, says whether it holds, and exits with 1 if
-not.
+first five with the last one. Writes ``results/soak.json``, fills docs/benchmarks.md, says whether it holds, and exits with 1
+if not. ``--page`` fills the page again from the result that is there.
 
 Box2D's Python bindings lose memory whenever fixtures are made, as each reset of the lander does. How much is measured before
 training, on the environment alone, and taken off for every reset. (SB3's ``Monitor`` keeps three numbers an episode, and
@@ -235,8 +235,8 @@ def summary(result: dict[str, Any]) -> str:
     before, after = (number / 2**20 for number in figures["memory"])
     counts = "; ".join(f"{name.replace('_', ' ')}: {a:.0f}, then {b:.0f}" for name in COUNTS for a, b in [figures[name]])
     return (
-        f"{last['steps']:,} steps on {LANDER} in {last['seconds'] / 60:.0f} minutes. Resident memory is {before:.1f} MiB after "
-        f"{result['settled'] / 60:.0f} minutes and {after:.1f} MiB at the end. Resets of the environment alone lose "
+        f"{last['steps']:,} steps on {LANDER} in {last['seconds'] / 60:.0f} minutes. Resident memory is {before:.1f} MiB "
+        f"after {result['settled'] / 60:.0f} minutes and {after:.1f} MiB at the end. Resets of the environment alone lose "
         f"{figures['lost_in_resets'] / 2**20:.1f} MiB of that: {figures['growth']:+.2%} without these. {counts.capitalize()}."
     )
 

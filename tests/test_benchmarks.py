@@ -12,7 +12,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C
 
-from benchmarks import article, common, figures, learning, step_time, throughput, variance
+from benchmarks import article, common, figures, learning, soak, step_time, throughput, variance
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.baselines import ActionValues, LinearBaseline
 from tests.envs import ScriptedEnv
@@ -166,6 +166,23 @@ def test_a_block_is_filled_and_a_missing_one_is_an_error(tmp_path: Path):
     assert page.read_text() == "before <!-- a -->\nnew \\1\n<!-- /a --> <!-- b -->kept<!-- /b -->"
     with pytest.raises(ValueError, match=r"page\.md has no block <!-- c -->"):
         common.fill(page, "c", "")
+
+
+def test_the_pages_say_what_the_committed_results_say():
+    results = {name: json.loads((common.RESULTS / f"{name}.json").read_text()) for name in ("soak", "throughput")}
+    filled = {
+        common.README: dict(headline=figures.headline(), peers=figures.peers()),
+        common.ADVANTAGES: dict(advantages=figures.advantage_table()),
+        common.PAGE: dict(
+            article=article.comparison(article.read_runs()),
+            learning=figures.table(),
+            soak=soak.summary(results["soak"]),
+            throughput=throughput.table(results["throughput"]),
+        ),
+    }
+    for page, blocks in filled.items():
+        content = page.read_text(encoding="utf-8")
+        assert [name for name, text in blocks.items() if f"<!-- {name} -->\n{text}\n<!-- /{name} -->" not in content] == []
 
 
 def test_the_article_is_compared_up_to_the_same_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
