@@ -44,7 +44,7 @@ FILLED = {
     "README.md": ["headline", "peers", "train"],
     "docs/advantages.md": ["advantages", "variance"],
     "docs/benchmarks.md": ["article", "learning", "soak", "throughput"],
-    "docs/scaling.md": ["workers"],
+    "docs/scaling.md": ["paper", "workers"],
 }
 
 
