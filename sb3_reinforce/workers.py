@@ -228,8 +228,8 @@ def collect_from_workers(
     model.policy.set_training_mode(False)
     rollout_buffer.reset()
     callback.on_rollout_start()
-    known = dict(model=model, env=model.env, rollout_buffer=rollout_buffer, schedule=schedule, active=np.ones(1, dtype=bool))
-    n_steps = 0
+    known: dict[str, Any] = dict(model=model, env=model.env, rollout_buffer=rollout_buffer, schedule=schedule)
+    known.update(active=np.ones(1, dtype=bool), n_steps=0)
     for episode in workers.episodes(make_job(model), schedule):
         rewards = episode.rewards.astype(np.float64)
         if bootstrap_timeouts:
@@ -237,19 +237,24 @@ def collect_from_workers(
         rollout_buffer.add_episode(episode.observations, episode.actions, rewards, episode.values)
         for step in _steps(episode):
             model.num_timesteps += 1
-            n_steps += 1
-            callback.update_locals(dict(known, n_steps=n_steps, **step))
+            known["n_steps"] += 1
+            known.update(zip(_STEP, step, strict=True))
+            callback.update_locals(known)
             if not callback.on_step():
                 return False
         model._update_info_buffer(episode.infos[-1:], np.ones(1, dtype=bool))
     rollout_buffer.finish()
-    log_rollout(model.logger, schedule, n_steps)
+    log_rollout(model.logger, schedule, known["n_steps"])
     model.logger.record("time/discarded_steps", workers.n_discarded)
     return True
 
 
-def _steps(episode: Episode) -> Iterator[dict[str, Any]]:
-    """The local variables of ``collect_episodes`` in each step. No observation follows the last one: it comes again."""
+#: Local variables of ``collect_episodes`` that are others in each step
+_STEP = ("obs", "actions", "clipped_actions", "new_obs", "rewards", "dones", "infos")
+
+
+def _steps(episode: Episode) -> Iterator[tuple[Any, ...]]:
+    """What these are in the steps of an episode. No observation follows the last one: it comes again."""
 
     def rows(array: Any, order: Any = slice(None)) -> Any:
         if isinstance(array, dict):
@@ -259,8 +264,7 @@ def _steps(episode: Episode) -> Iterator[dict[str, Any]]:
 
     following = np.minimum(np.arange(episode.n_steps) + 1, episode.n_steps - 1)
     dones = np.arange(episode.n_steps) == episode.n_steps - 1
-    names = ("obs", "actions", "clipped_actions", "new_obs", "rewards", "dones", "infos")
-    for row in zip(
+    return zip(
         rows(episode.observations),
         rows(episode.actions),
         rows(episode.clipped_actions),
@@ -269,8 +273,7 @@ def _steps(episode: Episode) -> Iterator[dict[str, Any]]:
         rows(dones),
         ([info] for info in episode.infos),
         strict=True,
-    ):
-        yield dict(zip(names, row, strict=True))
+    )
 
 
 @dataclass
