@@ -191,7 +191,7 @@ def plot(curve: dict[str, list[float]]) -> None:
     axes.plot(N_THREADS, [np.median(curve[str(n)]) for n in N_THREADS], "o", color="tab:blue", label="learn()")
     axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="transitions a second")
     axes.set_xticks(N_THREADS, labels=[str(n) for n in N_THREADS])
-    axes.set_title(f"An environment that sleeps {SLEEP * 1000:.0f} ms a step, {EPISODES} episodes a batch and worker")
+    axes.set_title(f"Steps that sleep {SLEEP * 1000:.0f} ms, {EPISODES} episodes a batch and worker")
     axes.minorticks_off()
     axes.legend()
     figure.savefig(IMAGES / "workers.png", dpi=100)
