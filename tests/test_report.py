@@ -20,7 +20,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch.utils.tensorboard import SummaryWriter
 
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, report, zoo
-from sb3_reinforce.report import drawing, estimates
+from sb3_reinforce.report import drawing, estimates, groups
 
 ENV = "CartPole-v1"
 VOID = ("meta", "link", "br", "img", "input", "hr", "source")
@@ -271,9 +271,9 @@ def test_several_runs_are_compared(runs: list[Path], capsys: pytest.CaptureFixtu
 def test_runs_of_different_environments_are_not_pooled(runs: list[Path]):
     for path in runs[1].glob("*.monitor.csv"):
         path.write_text(path.read_text().replace(ENV, "Acrobot-v1"))
-    groups = estimates.group_runs([report.read_run(run) for run in runs[:2]])
-    assert [(group.env_id, len(group.runs)) for group in groups] == [(ENV, 1), ("Acrobot-v1", 1)]
-    assert [picture["title"] for picture in drawing.draw_comparison(groups)] == [ENV, "Acrobot-v1"]
+    found = groups.group_runs([report.read_run(run) for run in runs[:2]])
+    assert [(group.env_id, len(group.runs)) for group in found] == [(ENV, 1), ("Acrobot-v1", 1)]
+    assert [picture["title"] for picture in drawing.draw_comparison(found)] == [ENV, "Acrobot-v1"]
 
 
 def test_runs_of_the_same_name_are_told_apart(runs: list[Path]):

@@ -13,7 +13,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from sb3_reinforce.report.estimates import Group, count, interval, iqm, number
+from sb3_reinforce.report.estimates import count, interval, iqm, number
+from sb3_reinforce.report.groups import Group
 from sb3_reinforce.report.runs import Run
 
 #: After Okabe and Ito, with a contrast of at least 3 on white and on black

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sb3_reinforce.callbacks import write_atomically
 from sb3_reinforce.report.drawing import draw_comparison, draw_run
-from sb3_reinforce.report.estimates import count, estimate, group_runs, interval, number
+from sb3_reinforce.report.estimates import count, estimate, interval, number
+from sb3_reinforce.report.groups import group_runs
 from sb3_reinforce.report.runs import Run, read_run
 
 
