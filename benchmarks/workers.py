@@ -136,12 +136,13 @@ def pool_learn_rate(n_steps: int) -> float:
 
 
 def added_seconds(n_batches: int) -> list[float]:
-    """Seconds that a rollout by one worker takes beyond running the same episodes, one batch after the other."""
+    """Seconds from the start of a rollout by one worker to its last step, beyond running the same episodes, batch by batch."""
     model = make_model(REINFORCE, LANDER, BATCH, workers=1)
     added: list[float] = []
 
     class Compare(BaseCallback):
         def _on_step(self) -> bool:
+            self.last_step = time.perf_counter()
             return True
 
         def _on_rollout_start(self) -> None:
@@ -149,7 +150,7 @@ def added_seconds(n_batches: int) -> list[float]:
             self.first = model._next_episode
 
         def _on_rollout_end(self) -> None:
-            seconds = time.perf_counter() - self.started
+            seconds = self.last_step - self.started
             job = make_job(model)
             content = job.pack()
             name = f"from episode {self.first}"
