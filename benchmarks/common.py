@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,15 @@ ADVANTAGES = Path(__file__).parent.parent / "docs" / "advantages.md"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SCALING = Path(__file__).parent.parent / "docs" / "scaling.md"
+#: The environment of the libraries that are not installed here (make peers)
+PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
+
+
+def tianshou(*arguments: object) -> Any:
+    """What ``peer_tianshou.py`` prints, which is JSON, in the environment of the peers and whatever the paths of this one."""
+    script = Path(__file__).parent / "peer_tianshou.py"
+    command = [str(PEERS), "-I", "-W", "ignore", str(script), *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def provenance() -> dict[str, Any]:

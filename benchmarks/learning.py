@@ -3,15 +3,17 @@ Learning, over many seeds: one JSON a run, in ``results/learning/ENV/NAME/seed_K
 
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --seeds 8000-8019 --jobs 2
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo reinforce trpo ppo --name race --until 200
+    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo tianshou --name race-tianshou --until 200
     python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 8000-8019 --timesteps 1000000
 
 Algorithms are those of RL Zoo, each with the settings of its hyperparameter file; ``defaults``: REINFORCE as its
-constructor makes it, on an environment named by a string; and REINFORCE with the settings of its file on two ``workers``, or
-on 16 environments of ``envpool`` (training only). Runs that are there already are skipped. Every so many steps the
-deterministic policy is evaluated on environments that training never sees, with the clock of the run stopped; at the end, the
-final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another ``--name``, as do
-other ``--timesteps``, and training in pieces (``--pieces 2000``: that many steps in each call of ``learn()``). Several
-algorithms take turns, seed by seed, so that their seconds are those of one machine in one state.
+constructor makes it, on an environment named by a string; REINFORCE with the settings of its file on two ``workers``, or
+on 16 environments of ``envpool`` (training only); and ``tianshou``: Tianshou's Reinforce, for which there must be ``make
+peers``. Runs that are there already are skipped. Every so many steps the deterministic policy is evaluated on environments
+that training never sees, with the clock of the run stopped; at the end, the final policy over 100 episodes. A small part
+(``--set gamma:0.98``) may differ from the file, under another ``--name``, as do other ``--timesteps``, and training in pieces
+(``--pieces 2000``: that many steps in each call of ``learn()``). Several algorithms take turns, seed by seed, so that their
+seconds are those of one machine in one state.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization, unwrap_vec_normalize
 
+from benchmarks import common
 from benchmarks.common import RESULTS, provenance, write_json
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
 from sb3_reinforce.envpool import EnvPoolVecEnv
@@ -161,7 +164,8 @@ def make_model(
     return experiment[0], dict(total_timesteps=manager.n_timesteps, callback=callbacks)
 
 
-def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:
+def train(algo: str, env_id: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a run went."""
     th.set_num_threads(1)
     model, learning = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
     evaluations = Evaluations(env_id, arguments.every, arguments.episodes, arguments.until)
@@ -172,24 +176,28 @@ def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namesp
     seconds = time.perf_counter() - evaluations.started
     # The same episodes for every run, however often it was evaluated before
     final = [] if evaluations.passed else evaluate(model, evaluation_env(model, env_id), 100)
-    write_json(
-        FOLDER / env_id / name / f"seed_{seed}.json",
-        dict(
-            provenance(),
-            env=env_id,
-            algo=algo,
-            name=name,
-            seed=seed,
-            differs=arguments.set,
-            pieces=arguments.pieces,
-            timesteps=model.num_timesteps,
-            seconds=round(seconds, 1),
-            evaluations=evaluations.points,
-            final_returns=[round(value, 2) for value in final],
-        ),
+    return dict(
+        timesteps=model.num_timesteps,
+        seconds=round(seconds, 1),
+        evaluations=evaluations.points,
+        final_returns=[round(value, 2) for value in final],
     )
-    reached = f"{np.mean(final):.1f}" if final else "stopped at the aim"
-    print(f"{env_id} {name} seed {seed}: {reached}, {model.num_timesteps:,} steps in {seconds:.0f} s", flush=True)
+
+
+def train_tianshou(env_id: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a run of Tianshou went, and the versions behind it."""
+    options = {name: getattr(arguments, name) for name in ("timesteps", "every", "episodes", "until")}
+    options |= dict(seed=seed, evaluation_seed=EVALUATION_SEED)
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    return common.tianshou("learn", env_id, *given)
+
+
+def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:
+    went = train_tianshou(env_id, seed, arguments) if algo == "tianshou" else train(algo, env_id, seed, arguments)
+    what = dict(env=env_id, algo=algo, name=name, seed=seed, differs=arguments.set, pieces=arguments.pieces)
+    write_json(FOLDER / env_id / name / f"seed_{seed}.json", provenance() | what | went)
+    reached = f"{np.mean(went['final_returns']):.1f}" if went["final_returns"] else "stopped at the aim"
+    print(f"{env_id} {name} seed {seed}: {reached}, {went['timesteps']:,} steps in {went['seconds']:.0f} s", flush=True)
 
 
 def seeds(text: str) -> list[int]:
@@ -204,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", required=True)
     parser.add_argument(
-        "--algo", nargs="+", default=["reinforce"], help="reinforce, defaults, workers, envpool, ppo, a2c, trpo"
+        "--algo", nargs="+", default=["reinforce"], help="reinforce, defaults, workers, envpool, ppo, a2c, trpo, tianshou"
     )
     parser.add_argument("--seeds", type=seeds, default="8000-8019")
     parser.add_argument("--timesteps", type=int, help="if not those of the file")
@@ -216,6 +224,8 @@ def main() -> None:
     parser.add_argument("--name", help="of the folder, if not that of the algorithm; with several, what theirs begin with")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with one thread")
     arguments = parser.parse_args()
+    if "tianshou" in arguments.algo and (arguments.set or arguments.pieces):
+        parser.error("--set and --pieces are not for tianshou")
     if len(arguments.algo) == 1:
         names = [arguments.name or arguments.algo[0]]
     else:

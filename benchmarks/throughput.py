@@ -11,12 +11,10 @@ learning rates. Prints the table, writes ``results/throughput.json`` (with every
 """
 
 import argparse
-import subprocess
 import time
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -30,7 +28,8 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from benchmarks.common import IMAGES, PAGE, RESULTS, fill, provenance, write_json
+from benchmarks import common
+from benchmarks.common import IMAGES, PAGE, PEERS, RESULTS, fill, provenance, write_json
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.baselines import LinearBaseline
 from sb3_reinforce.returns import batch_normalize, discounted_returns
@@ -39,7 +38,6 @@ LANDER = "LunarLanderContinuous-v3"
 IMAGE_ENV = "images of 84 x 84 x 4"
 BANDIT = "bandit"
 STRING = ", from a string"
-PEERS = Path(".venv-peers/bin/python")
 OURS, ALONE, TIANSHOU = "REINFORCE", "environment alone", "Tianshou Reinforce"
 
 #: A contestant takes at least so many steps and returns steps a second
@@ -150,9 +148,7 @@ def tianshou(n_envs: int) -> Contestant:
     """Tianshou in its own environment."""
 
     def run(n_steps: int) -> float:
-        script = Path(__file__).parent / "peer_tianshou.py"
-        command = [str(PEERS), "-W", "ignore", str(script), LANDER, str(n_envs), str(n_steps)]
-        return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        return float(common.tianshou("speed", LANDER, n_envs, n_steps))
 
     return run
 

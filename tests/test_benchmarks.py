@@ -38,11 +38,11 @@ def learn(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         def __exit__(self, *_: object) -> None:
             pass
 
-        def starmap(self, function: Any, jobs: Any, chunksize: int) -> None:
-            for job in jobs:
-                function(*job)
+        def submit(self, function: Any, *job: Any) -> Any:
+            function(*job)
+            return SimpleNamespace(result=lambda: None)
 
-    monkeypatch.setattr(learning, "get_context", lambda _: type("Context", (), {"Pool": lambda *_: InThisProcess()}))
+    monkeypatch.setattr(learning, "ProcessPoolExecutor", lambda *_: InThisProcess())
     monkeypatch.setattr(sys, "argv", ["learning", *arguments])
     learning.main()
 
@@ -93,6 +93,51 @@ def test_a_run_may_stop_at_its_aim(results: Path, monkeypatch: pytest.MonkeyPatc
     run = json.loads((results / "learning/CartPole-v1/defaults/seed_0.json").read_text())
     assert run["timesteps"] < 20_000
     assert run["final_returns"] == [] and run["evaluations"][-1]["mean_return"] >= 5
+
+
+def test_a_run_of_tianshou_is_written_as_those_of_others(results: Path, monkeypatch: pytest.MonkeyPatch):
+    point = dict(steps=2050, seconds=0.5, mean_return=-100.0, training_return=-200.0)
+    went = dict(python="3.11", versions=dict(tianshou="2.0.1"), timesteps=4100, seconds=1.0)
+    went |= dict(evaluations=[point], final_returns=[-90.0])
+    commands = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(stdout=json.dumps(went))
+
+    monkeypatch.setattr(common.subprocess, "run", run)
+    small = ["--env", figures.LANDER, "--timesteps", "4000", "--every", "2000", "--episodes", "3", "--seeds", "7"]
+    learn(monkeypatch, *small, "--algo", "tianshou")
+    (command,) = commands
+    assert command[0] == str(common.PEERS) and command[-7:-5] == ["learn", figures.LANDER]
+    assert set(command[-5:]) == {
+        "--timesteps=4000",
+        "--every=2000",
+        "--episodes=3",
+        "--seed=7",
+        f"--evaluation-seed={learning.EVALUATION_SEED}",
+    }
+    run = json.loads((results / f"learning/{figures.LANDER}/tianshou/seed_7.json").read_text())
+    assert run.items() >= went.items() and (run["algo"], run["seed"]) == ("tianshou", 7)
+    assert run["command"].startswith("python -m benchmarks.")
+    with pytest.raises(SystemExit):
+        learn(monkeypatch, *small, "--algo", "tianshou", "--pieces", "1000")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not common.PEERS.exists(), reason="needs make peers")
+def test_tianshou_learns_in_its_own_environment(results: Path, monkeypatch: pytest.MonkeyPatch):
+    small = ["--env", figures.LANDER, "--timesteps", "5000", "--every", "2000", "--episodes", "2", "--seeds", "0"]
+    learn(monkeypatch, *small, "--algo", "tianshou", "--name", "whole")
+    learn(monkeypatch, *small, "--algo", "tianshou", "--name", "stopped", "--until", "-1000")
+    whole, stopped = (
+        json.loads((results / f"learning/{figures.LANDER}/{name}/seed_0.json").read_text()) for name in ("whole", "stopped")
+    )
+    # In ten environments, so that 2048 steps are 2050
+    assert [point["steps"] for point in whole["evaluations"]] == [2050, 4100, 6150]
+    assert whole["timesteps"] == 6150 and len(whole["final_returns"]) == 100
+    assert (stopped["timesteps"], stopped["final_returns"]) == (2050, [])
+    assert stopped["evaluations"][0]["mean_return"] == whole["evaluations"][0]["mean_return"]
 
 
 def fake_run(name: str, seed: int, mean: float, first: int, below: int | None = None) -> None:
