@@ -27,9 +27,9 @@ def tianshou(*arguments: object) -> Any:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def provenance() -> dict[str, Any]:
-    """The command, the versions and the machine behind a result."""
-    packages = ("sb3-reinforce", "stable-baselines3", "gymnasium", "torch", "numpy")
+def provenance(*others: str) -> dict[str, Any]:
+    """The command, the versions (of these other packages as well) and the machine behind a result."""
+    packages = ("sb3-reinforce", "stable-baselines3", "gymnasium", "torch", "numpy", *others)
     return {
         "command": " ".join(["python", "-m", *([f"benchmarks.{Path(sys.argv[0]).stem}"]), *sys.argv[1:]]),
         "python": platform.python_version(),

@@ -22,7 +22,18 @@ from sb3_reinforce.returns import AdvantageName
 LANDER = "LunarLanderContinuous-v3"
 SOLVED = 200.0
 #: What the curves show, in which color
-COLORS = {"reinforce": "tab:blue", "defaults": "tab:cyan", "race-trpo": "tab:red", "race-ppo": "tab:orange"}
+COLORS = {
+    "reinforce": "tab:blue",
+    "defaults": "tab:cyan",
+    "race-workers": "tab:purple",
+    "race-envpool": "tab:green",
+    "race-trpo": "tab:red",
+    "race-ppo": "tab:orange",
+    "race-a2c": "tab:brown",
+    "race-tianshou": "tab:gray",
+}
+#: Their labels, if not what their folders are named after
+LABELS = {"race-workers": "reinforce, workers=2", "race-envpool": "reinforce on EnvPool"}
 #: The folders of the four advantage functions begin with this
 ADVANTAGE = "advantage-"
 ADVANTAGE_COLORS = dict(zip(get_args(AdvantageName), ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
@@ -32,6 +43,17 @@ PUBLISHED = {"TRPO": (262, 21, 0.2), "PPO": (271, 32, 1.0), "A2C": (84, 146, 5.0
 ZOO = "[RL Zoo](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)"
 TIANSHOU = "[Tianshou](https://github.com/thu-ml/tianshou/tree/master/examples/mujoco)"
 HERE = "[here](docs/benchmarks.md#final-policies)"
+RACED = "[here](docs/benchmarks.md#against-others)"
+#: Who is in the table of peers, by the name in the race
+PEERS = {
+    "reinforce": "REINFORCE",
+    "workers": "REINFORCE, `workers=2`",
+    "envpool": "REINFORCE on EnvPool",
+    "trpo": "TRPO",
+    "ppo": "PPO",
+    "a2c": "A2C",
+    "tianshou": "Tianshou's Reinforce",
+}
 
 
 def read(env_id: str, name: str) -> list[dict[str, Any]]:
@@ -155,7 +177,7 @@ def curves(env_id: str, path: Path) -> None:
     for name, runs in runs_of.items():
         for axes, what in zip(panels, ("steps", "seconds"), strict=True):
             if runs:
-                band(axes, runs, what, COLORS[name], name.removeprefix("race-"))
+                band(axes, runs, what, COLORS[name], LABELS.get(name, name.removeprefix("race-")))
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
     panels[1].set(xlabel="seconds of training, one core", xscale="log")
     for axes in panels:
@@ -229,24 +251,44 @@ def headline() -> str:
     return "\n".join([f"On {LANDER}, {len(first)} seeds that no tuning has seen:", "", *lines])
 
 
+def final_return(name: str) -> str:
+    """The last two columns of the table of peers: a score, and whose."""
+    if name in ("reinforce", "workers"):
+        returns = finals(LANDER, "reinforce-300k")
+        if len(returns) and (name == "reinforce" or same_policies("race-reinforce", f"race-{name}")):
+            bold, same = ("**", "") if name == "reinforce" else ("", ": the same policies")
+            return f"{score(returns, bold=bold)} after 0.3 M, {len(returns)} seeds{same} | {HERE}"
+    if name.upper() in PUBLISHED:
+        mean, std, millions = PUBLISHED[name.upper()]
+        return f"{mean} ± {std} after {millions:g} M, one run | {ZOO}"
+    # A race measures final policies only of those that never pass: a score must not be of the worse ones
+    runs, returns = read(LANDER, f"race-{name}"), finals(LANDER, f"race-{name}")
+    if runs and len(returns) == len(runs):
+        millions = np.median([run["timesteps"] for run in runs]) / 1e6
+        return f"{score(returns)} after {millions:.1f} M, {len(runs)} seeds | {RACED}"
+    return f"MuJoCo only | {TIANSHOU}" if name == "tianshou" else "not measured |"
+
+
+def same_policies(*names: str) -> bool:
+    """Whether these have the same seeds, steps and returns, evaluation by evaluation."""
+    runs_of = [
+        [(run["seed"], [(point["steps"], point["mean_return"]) for point in run["evaluations"]]) for run in read(LANDER, name)]
+        for name in names
+    ]
+    return bool(runs_of[0]) and all(runs == runs_of[0] for runs in runs_of)
+
+
 def peers() -> str:
     """Steps and seconds until 200, and the score, beside what others have published."""
     lines = [
         "| algorithm | steps to 200 | seconds | seeds that got there | final return | source of the latter |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name in ("REINFORCE", *PUBLISHED, "Tianshou's Reinforce"):
-        way, final = "not measured | |", f"MuJoCo only | {TIANSHOU}"
-        if (found := race(name.lower())) is not None:
+    for name, label in PEERS.items():
+        way = "not measured | |"
+        if (found := race(name)) is not None:
             way = f"{measured(found.steps, ',.0f')} | {measured(found.seconds, '.1f')} | {found.passed}"
-        if name == "REINFORCE":
-            returns = finals(LANDER, "reinforce-300k")
-            if len(returns):
-                final = f"{score(returns, bold='**')} after 0.3 M, {len(returns)} seeds | {HERE}"
-        elif name in PUBLISHED:
-            mean, std, millions = PUBLISHED[name]
-            final = f"{mean} ± {std} after {millions:g} M, one run | {ZOO}"
-        lines.append(f"| {name} | {way} | {final} |")
+        lines.append(f"| {label} | {way} | {final_return(name)} |")
     return "\n".join(lines)
 
 

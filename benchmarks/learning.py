@@ -3,7 +3,7 @@ Learning, over many seeds: one JSON a run, in ``results/learning/ENV/NAME/seed_K
 
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --seeds 8000-8019 --jobs 2
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo reinforce trpo ppo --name race --until 200
-    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo tianshou --name race-tianshou --until 200
+    python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo tianshou --timesteps 500000
     python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 8000-8019 --timesteps 1000000
 
 Algorithms are those of RL Zoo, each with the settings of its hyperparameter file; ``defaults``: REINFORCE as its
@@ -195,7 +195,8 @@ def train_tianshou(env_id: str, seed: int, arguments: argparse.Namespace) -> dic
 def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:
     went = train_tianshou(env_id, seed, arguments) if algo == "tianshou" else train(algo, env_id, seed, arguments)
     what = dict(env=env_id, algo=algo, name=name, seed=seed, differs=arguments.set, pieces=arguments.pieces)
-    write_json(FOLDER / env_id / name / f"seed_{seed}.json", provenance() | what | went)
+    others = [algo] if algo == "envpool" else []
+    write_json(FOLDER / env_id / name / f"seed_{seed}.json", provenance(*others) | what | went)
     reached = f"{np.mean(went['final_returns']):.1f}" if went["final_returns"] else "stopped at the aim"
     print(f"{env_id} {name} seed {seed}: {reached}, {went['timesteps']:,} steps in {went['seconds']:.0f} s", flush=True)
 

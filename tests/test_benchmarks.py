@@ -178,6 +178,8 @@ def test_figures_are_those_of_the_runs(results: Path):
     assert "\n| TRPO | never | never | 1 of 3 | 262 ± 21 after 0.2 M, one run | [RL Zoo](" in readme
     assert "\n| PPO | 800,000 | 8.0 | 2 of 2 | 271 ± 32 after 1 M, one run | [RL Zoo](" in readme
     assert "\n| A2C | not measured | | | 84 ± 146 after 5 M" in readme
+    assert "\n| REINFORCE on EnvPool | not measured | | | not measured | |\n" in readme
+    assert "\n| Tianshou's Reinforce | not measured | | | MuJoCo only | [Tianshou](" in readme
     assert f"| {figures.LANDER} | reinforce | 8 | 1 M | 235.0 [" in (results / "PAGE").read_text()
     assert (results / f"learning_{figures.LANDER}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -189,6 +191,27 @@ def test_a_run_that_never_passes_counts_as_late(results: Path):
     fake_run("reinforce", 0, 250, 400_000)
     assert "TRPO 6.0 seconds and 600,000 steps (2 of 3 seeds, 1.5 times as long)" in figures.headline()
     assert "\n| TRPO | 600,000 | 6.0 | 2 of 3 |" in figures.peers()
+
+
+def test_workers_have_the_score_of_the_same_policies(results: Path):
+    for seed in range(2):
+        fake_run("reinforce-300k", seed, 250, 400_000)
+        fake_run("race-reinforce", seed, 250, 400_000)
+        fake_run("race-workers", seed, 250, 400_000)
+    row = "\n| REINFORCE, `workers=2` | 400,000 | 4.0 | 2 of 2 | "
+    assert f"{row}250 [250, 250] after 0.3 M, 2 seeds: the same policies | [here](" in figures.peers()
+    fake_run("race-workers", 1, 250, 500_000)
+    assert "the same policies" not in figures.peers()
+
+
+def test_a_race_has_a_final_return_only_of_all_seeds(results: Path):
+    for seed in range(2):
+        fake_run("race-tianshou", seed, 100 + 20 * seed, 2_000_000)
+    row = "\n| Tianshou's Reinforce | never | never | 0 of 2 | "
+    assert f"{row}110 [100, 120] after 1.0 M, 2 seeds | [here](docs/benchmarks.md#against-others) |" in figures.peers()
+    path = learning.FOLDER / figures.LANDER / "race-tianshou" / "seed_1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(final_returns=[])))
+    assert f"{row}MuJoCo only | [Tianshou](" in figures.peers()
 
 
 def test_advantage_functions_have_a_page_of_their_own(results: Path):
