@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Generator, Iterable
 from concurrent.futures import Executor
 from copy import copy
+from time import perf_counter
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -258,6 +259,8 @@ class REINFORCE(OnPolicyAlgorithm):
         self._logged: dict[str, Any] = {}
         self._has_told = False
         self._running_workers: Workers | None = None
+        # By the clock, None before the first rollout of a call of learn()
+        self._rollout_end: float | None = None
 
         if env is not None:
             self._attach_env(env, policy)
@@ -359,6 +362,8 @@ class REINFORCE(OnPolicyAlgorithm):
         self._num_timesteps_before_rollout = self.num_timesteps
         self._rollout_start = dict(self._resume_point(), _last_obs=None)
         self.logger.record("rollout/seed", self.run_seed, exclude="tensorboard")
+        if self._rollout_end is not None:
+            self.logger.record("time/between_rollouts", perf_counter() - self._rollout_end)
         schedule = self._next_schedule(n_rollout_steps)
         if self.workers is None:
             is_complete = collect_episodes(self, callback, rollout_buffer, schedule, self.run_seed, self.bootstrap_timeouts)
@@ -367,6 +372,7 @@ class REINFORCE(OnPolicyAlgorithm):
             is_complete = collect_from_workers(
                 self, callback, rollout_buffer, schedule, self._running_workers, self.bootstrap_timeouts
             )
+        self._rollout_end = perf_counter()
         if not is_complete:
             return False
 
@@ -699,6 +705,7 @@ class REINFORCE(OnPolicyAlgorithm):
             if self._running_workers is not None:
                 self._running_workers.close()
                 self._running_workers = None
+            self._rollout_end = None
             self._logged = self._resume_point()["_logged"]
         callback.on_training_end()
         return self
@@ -708,7 +715,7 @@ class REINFORCE(OnPolicyAlgorithm):
         logged = {}
         if (logger := getattr(self, "_logger", None)) is not None:
             for name, value in logger.name_to_value.items():
-                if isinstance(value, np.ScalarType):
+                if isinstance(value, np.ScalarType) and not name.startswith("time/"):
                     logged[name] = value, logger.name_to_count.get(name, 0), logger.name_to_excluded.get(name)
         return dict(
             num_timesteps=self.num_timesteps,
@@ -719,7 +726,7 @@ class REINFORCE(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         # The checkpoint callback includes the state of the logs
-        own = ["_rollout_start", "_has_told", "_log_state", "workers", "_running_workers"]
+        own = ["_rollout_start", "_rollout_end", "_has_told", "_log_state", "workers", "_running_workers"]
         return [*super()._excluded_save_params(), *own]
 
     def save(

@@ -833,7 +833,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {
         name: [(event.step, event.value) for event in accumulator.Scalars(name)]
         for name in accumulator.Tags()["scalars"]
-        if name != "time/fps"
+        if not name.startswith("time/")
     }
 
 

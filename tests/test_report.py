@@ -150,7 +150,7 @@ def test_the_page_of_a_run_shows_all_of_it(runs: list[Path]):
         "Divergence against steps",
         "Explained variance against steps",
         "Gradient norm against steps",
-        "Steps per second against steps",
+        "Time between rollouts against steps",
     ]
     returns = evaluations["results"].mean(axis=1)
     assert f"from {estimates.number(returns[0])} to {estimates.number(returns[-1])}, at best" in page.labels[0]

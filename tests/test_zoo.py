@@ -171,7 +171,7 @@ def logs(folder: Path) -> dict[str, Any]:
     (log,) = (folder / "tensorboard" / CARTPOLE).iterdir()
     events = EventAccumulator(str(log))
     events.Reload()
-    for name in set(events.Tags()["scalars"]) - {"time/fps"}:
+    for name in set(events.Tags()["scalars"]) - {"time/fps", "time/between_rollouts"}:
         found[name] = [(event.step, event.value) for event in events.Scalars(name)]
     return found
 

@@ -31,7 +31,7 @@ DIAGNOSTICS = {
         "Of the returns, by the baseline: 1 is a perfect prediction, 0 no better than a constant. Cut off at −1.",
     ),
     "train/grad_norm": ("Gradient norm", "Of the loss over a whole batch, before any limit."),
-    "time/fps": ("Steps per second", "Since training began or was resumed, updates and evaluations included."),
+    "time/between_rollouts": ("Time between rollouts", "Seconds from the last step of a batch to the first of the next."),
 }
 
 

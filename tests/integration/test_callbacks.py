@@ -416,7 +416,7 @@ ROLLOUT_KEYS = {
     "rollout/ep_len_mean",
 }
 NOT_IN_TENSORBOARD = {"rollout/seed", "train/n_updates", "time/iterations", "time/total_timesteps", "time/time_elapsed"}
-KEYS = TRAIN_KEYS | ROLLOUT_KEYS | NOT_IN_TENSORBOARD | {"time/fps"}
+KEYS = TRAIN_KEYS | ROLLOUT_KEYS | NOT_IN_TENSORBOARD | {"time/fps", "time/between_rollouts"}
 
 
 def read_csv(folder):

@@ -141,7 +141,7 @@ def scalars(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     for log in (folder / "tensorboard").iterdir():
         events = EventAccumulator(str(log))
         events.Reload()
-        names = set(events.Tags()["scalars"]) - {"time/fps"}
+        names = set(events.Tags()["scalars"]) - {"time/fps", "time/between_rollouts"}
         found[log.name] = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
     return found
 

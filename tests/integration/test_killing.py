@@ -94,7 +94,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     # All of them, however many there are
     accumulator = EventAccumulator(str(log), size_guidance=dict(scalars=0))
     accumulator.Reload()
-    names = set(accumulator.Tags()["scalars"]) - {"time/fps"}
+    names = set(accumulator.Tags()["scalars"]) - {"time/fps", "time/between_rollouts"}
     return {name: [(event.step, event.value) for event in accumulator.Scalars(name)] for name in names}
 
 

@@ -24,7 +24,7 @@ from tests.envs import RandomEnv, RandomLengthEnv
 from tests.integration.common import CHOICE, PAIR, VECTOR
 
 #: What depends on the clock
-CLOCK = ("time/fps", "time/time_elapsed")
+CLOCK = ("time/fps", "time/between_rollouts", "time/time_elapsed")
 IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
 DICTIONARY = spaces.Dict(vec=VECTOR, choice=CHOICE)
 TOTAL = 150
