@@ -33,7 +33,9 @@ COLORS = {
     "race-tianshou": "tab:gray",
 }
 #: Their labels, if not what their folders are named after
-LABELS = {"race-workers": "reinforce, workers=2", "race-envpool": "reinforce on EnvPool"}
+LABELS = {"race-workers": "reinforce, workers=2 (two cores)", "race-envpool": "reinforce on EnvPool"}
+#: Other work ran beside these: their seconds say nothing
+STEPS_ONLY = ("race-a2c", "race-tianshou")
 #: The folders of the four advantage functions begin with this
 ADVANTAGE = "advantage-"
 ADVANTAGE_COLORS = dict(zip(get_args(AdvantageName), ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
@@ -152,7 +154,7 @@ def band(axes: Any, runs: list[dict[str, Any]], what: str, color: str, label: st
     """Median and interquartile band over runs of the evaluations, against steps or seconds."""
     # Runs that stopped at their aim are shown as far as all of a kind go
     end = min(run["evaluations"][-1][what] for run in runs)
-    grid = np.linspace(0, end, 60)[1:]
+    grid = np.linspace(min(end, max(run["evaluations"][0][what] for run in runs)), end, 60)
     returns = [
         np.interp(grid, [p[what] for p in run["evaluations"]], [p["mean_return"] for p in run["evaluations"]]) for run in runs
     ]
@@ -173,17 +175,20 @@ def curves(env_id: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, constrained_layout=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, constrained_layout=True)
     for name, runs in runs_of.items():
         for axes, what in zip(panels, ("steps", "seconds"), strict=True):
-            if runs:
+            if runs and not (what == "seconds" and name in STEPS_ONLY):
                 band(axes, runs, what, COLORS[name], LABELS.get(name, name.removeprefix("race-")))
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
+    panels[0].set_xlim(left=0)
     panels[1].set(xlabel="seconds of training, one core", xscale="log")
     for axes in panels:
         if env_id == LANDER:
             axes.axhline(SOLVED, color="gray", linestyle=":")
-    panels[0].legend()
+            # A2C begins far below
+            axes.set_ylim(bottom=-300)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
 
 
