@@ -5,7 +5,10 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ ADVANTAGES = Path(__file__).parent.parent / "docs" / "advantages.md"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SCALING = Path(__file__).parent.parent / "docs" / "scaling.md"
+WHERE = Path(__file__).parent.parent / "docs" / "where.md"
 #: The environment of the libraries that are not installed here (make peers)
 PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 
@@ -61,3 +65,11 @@ def fill(path: Path, block: str, text: str) -> None:
     if not pattern.search(content):
         raise ValueError(f"{path} has no block {begin} ... {end} to fill")
     path.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", content), encoding="utf-8")
+
+
+def run_all(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], n_processes: int) -> None:
+    """Call a function with the arguments of each job, in new processes, so many at a time."""
+    # Not a Pool, whose processes may not start workers
+    with ProcessPoolExecutor(n_processes, get_context("spawn")) as executor:
+        for future in [executor.submit(function, *job) for job in jobs]:
+            future.result()

@@ -22,8 +22,6 @@ import io
 import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
@@ -36,7 +34,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization, unwrap_vec_normalize
 
 from benchmarks import common
-from benchmarks.common import RESULTS, provenance, write_json
+from benchmarks.common import RESULTS, provenance, run_all, write_json
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
 from sb3_reinforce.envpool import EnvPoolVecEnv
 from sb3_reinforce.vec_env import EpisodeVecEnv
@@ -238,10 +236,7 @@ def main() -> None:
         for algo, name in zip(arguments.algo, names, strict=True)
         if not (FOLDER / env_id / name / f"seed_{seed}.json").exists()
     ]
-    # Not a Pool, whose processes may not start workers
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as executor:
-        for future in [executor.submit(run, *what) for what in missing]:
-            future.result()
+    run_all(run, missing, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given
+from hypothesis import strategies as st
 from stable_baselines3 import A2C
 
-from benchmarks import article, common, figures, learning, soak, step_time, throughput, variance
+from benchmarks import article, common, figures, learning, soak, step_time, throughput, variance, where
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.baselines import ActionValues, LinearBaseline
 from tests.envs import ScriptedEnv
@@ -22,29 +25,20 @@ from tests.envs import ScriptedEnv
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(learning, "FOLDER", tmp_path / "learning")
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "learning")
+    monkeypatch.setattr(where, "FOLDER", tmp_path / "where")
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
-    pages = dict(README=("headline", "peers"), PAGE=("learning",), ADVANTAGES=("advantages",))
+    pages = dict(README=("headline", "peers"), PAGE=("learning",), ADVANTAGES=("advantages",), WHERE=())
+    pages["WHERE"] = tuple(f"where-{task}" for task in where.TASKS)
     for name, blocks in pages.items():
         monkeypatch.setattr(figures, name, tmp_path / name)
         (tmp_path / name).write_text("\n".join(f"<!-- {block} --><!-- /{block} -->" for block in blocks))
     return tmp_path
 
 
-def learn(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    class InThisProcess:
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def submit(self, function: Any, *job: Any) -> Any:
-            function(*job)
-            return SimpleNamespace(result=lambda: None)
-
-    monkeypatch.setattr(learning, "ProcessPoolExecutor", lambda *_: InThisProcess())
-    monkeypatch.setattr(sys, "argv", ["learning", *arguments])
-    learning.main()
+def learn(monkeypatch: pytest.MonkeyPatch, *arguments: str, module: Any = learning) -> None:
+    monkeypatch.setattr(module, "run_all", lambda function, jobs, _: [function(*job) for job in jobs])
+    monkeypatch.setattr(sys, "argv", [module.__name__.rpartition(".")[2], *arguments])
+    module.main()
 
 
 def test_runs_of_the_file_and_of_the_defaults_are_written_once(results: Path, monkeypatch: pytest.MonkeyPatch):
@@ -247,10 +241,157 @@ def test_the_pages_say_what_the_committed_results_say():
             soak=soak.summary(results["soak"]),
             throughput=throughput.table(results["throughput"]),
         ),
+        common.WHERE: {f"where-{task}": figures.where_block(task) for task in where.TASKS},
     }
     for page, blocks in filled.items():
         content = page.read_text(encoding="utf-8")
         assert [name for name, text in blocks.items() if f"<!-- {name} -->\n{text}\n<!-- /{name} -->" not in content] == []
+
+
+@pytest.mark.parametrize("task", where.TASKS)
+def test_the_tasks_are_environments(task: str):
+    env = where.TASKS[task].env()
+    check_env(env.unwrapped, skip_render_check=True)
+    assert env.observation_space == env.unwrapped.observation_space
+
+
+def play(env: Any, actions: Any, seed: int = 0) -> list[float]:
+    """The rewards of an episode, whose actions may be a function of the environment."""
+    env.reset(seed=seed)
+    rewards, ended = [], False
+    while not ended:
+        action = actions(env.unwrapped) if callable(actions) else actions[len(rewards)]
+        _, reward, terminated, truncated, _ = env.step(action)
+        rewards.append(reward)
+        ended = terminated or truncated
+    return rewards
+
+
+def test_a_delayed_reward_is_the_sum_of_an_episode_and_begins_anew():
+    env = where.delayed_cartpole()
+    for seed in (0, 1):
+        at_once = play(env.env, lambda _: 1, seed)
+        assert play(env, lambda _: 1, seed) == [0.0] * (len(at_once) - 1) + [sum(at_once)]
+
+
+def test_coins_are_paid_once_and_the_exit_ends_the_episode():
+    up, down, right = 0, 1, 2
+    actions = [right, *[up] * 4, up, down, *[right] * 4, *[down] * 2, *[up] * 3, *[right] * 2, *[up] * 2]
+    assert where.Treasure.moves[:3] == ((0, 1), (0, -1), (1, 0))
+    rewards = play(where.Treasure(), actions)
+    assert [step for step, reward in enumerate(rewards) if reward] == [4, 12, 18]
+    assert len(rewards) == 19 and sum(rewards) == 3
+    # Who never leaves has so many steps
+    assert play(where.delayed_treasure(), lambda _: down) == [0.0] * 100
+
+
+def test_arms_pay_what_the_context_says_on_average():
+    env = where.Bandit()
+    env.reset(seed=0)
+    rewards = []
+    for _ in range(4000):
+        env.context = np.ones(8, np.float32)
+        _, reward, terminated, _, _ = env.step(3)
+        rewards.append(reward)
+        assert terminated
+    assert np.mean(rewards) == pytest.approx(where.Bandit.weights[3].sum(), abs=0.1)
+    assert np.std(rewards) == pytest.approx(1, abs=0.1)
+
+
+def test_each_ball_can_be_caught_and_the_image_has_it():
+    def follow(env: where.Catch) -> int:
+        image = env.observe()[:: env.scale, :: env.scale, 0]
+        assert (image[env.row, env.column], image[-1, env.paddle]) == (255, 255) and (image > 0).sum() == 2
+        return 1 + int(np.sign(env.column - env.paddle))
+
+    for seed in range(20):
+        assert sum(play(where.Catch(), follow, seed)) == where.Catch.balls
+    assert len(play(where.Catch(), follow)) == where.Catch.balls * (where.Catch.cells - 1)
+
+
+def test_who_follows_the_target_is_paid_for_it():
+    def follow(env: where.Track) -> int:
+        return 1 + int(np.sign(env.target - env.position - 9 * env.velocity))
+
+    followed, idle = (play(where.track(), actions) for actions in (follow, lambda _: 1))
+    assert len(followed) == len(idle) == 1000
+    assert np.mean(followed) > np.mean(idle) + 0.2
+
+
+@pytest.mark.parametrize("task", where.TASKS)
+def test_all_algorithms_of_a_task_are_made(task: str):
+    for algorithm in where.TASKS[task].algorithms.values():
+        model = where.make_model(where.TASKS[task], algorithm, seed=0)
+        assert type(model) is algorithm.cls and model.n_envs == algorithm.n_envs
+        assert all(name in str(where.describe(algorithm)) for name in algorithm.kwargs)
+
+
+def test_evaluations_go_through_the_same_episodes():
+    task = where.TASKS["bandit"]
+    evaluations = where.Evaluations(where.evaluation_env(task), 100, 20)
+    model = A2C("MlpPolicy", task.env(), learning_rate=0.0, n_steps=100, seed=0)
+    model.learn(300, callback=evaluations)
+    first, *others = [point["mean_return"] for point in evaluations.points]
+    assert others == [first, first]
+
+
+def test_tasks_are_run_once_and_shown(results: Path, monkeypatch: pytest.MonkeyPatch):
+    small = ["--tasks", "bandit", "--seeds", "0-1", "--timesteps", "1000"]
+    learn(monkeypatch, *small, module=where)
+    written = {path: path.stat().st_mtime_ns for path in results.glob("where/bandit/*/*")}
+    assert len(written) == 6
+    run = json.loads((results / "where/bandit/reinforce/seed_1.json").read_text())
+    assert (run["task"], run["algo"], run["seed"], run["settings"]) == ("bandit", "reinforce", 1, "n_steps=500")
+    assert [point["steps"] for point in run["evaluations"]] == [0, 500] and len(run["final_returns"]) == 1000
+    learn(monkeypatch, *small, module=where)
+    assert written == {path: path.stat().st_mtime_ns for path in results.glob("where/bandit/*/*")}
+    fake_run("reinforce", 0, 250, 400_000)
+    figures.main()
+    page = (results / "WHERE").read_text()
+    assert "\n| reinforce | `n_steps=500` | 2 |" in page and "\n| ppo | defaults | 2 |" in page
+    assert "\n2 seeds are too few to tell who returns more.\n" in page
+    assert "](images/where_bandit.png)" in page and page.count("\nNot measured yet: ") == len(where.TASKS) - 1
+    assert (results / "where_bandit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_verdict_says_what_the_intervals_say(results: Path):
+    better, worse, same = np.array([9.0, 8, 9, 8, 9]), np.array([1.0, 2, 3, 1, 2]), np.array([5.0, 3, 1, 2, 9])
+    for name, returns in (("reinforce", same), ("a2c", worse - 5), ("ppo", better + 5), ("ppo-long", same[::-1])):
+        for seed, value in enumerate(returns):
+            run = dict(seed=seed, final_returns=[value - 1, value + 1], training_return=7, settings="n_steps=5", seconds=3)
+            common.write_json(where.FOLDER / "delayed-cartpole" / name / f"seed_{seed}.json", run)
+    said = "reinforce returns more than a2c; returns less than ppo; cannot be told from ppo-long."
+    assert figures.verdict("delayed-cartpole") == f"After 30,000 steps, {said}"
+    rows = figures.where_table("delayed-cartpole").splitlines()
+    assert rows[2] == "| reinforce | `n_steps=5` | 5 | 3.333 [1.333, 7.667] | 1, 9 | 7 |  | 3 |"
+    assert [row.split(" | ")[6] for row in rows[3:5]] == ["1.00 [1.00, 1.00]", "0.00 [0.00, 0.00]"]
+    (where.FOLDER / "delayed-cartpole" / "ppo" / "seed_4.json").unlink()
+    assert figures.where_block("delayed-cartpole").startswith("Not measured yet: `python -m benchmarks.where --tasks")
+
+
+runs_of_one = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=6)
+
+
+@given(runs_of_one, runs_of_one)
+def test_the_probability_of_improvement_counts_pairs_and_half_of_ties(ours: list[float], theirs: list[float]):
+    wins = 0.0
+    for one in ours:
+        for other in theirs:
+            wins += 1 if one > other else 0.5 if one == other else 0
+    found = figures.probability_of_improvement(np.array(ours), np.array(theirs))
+    assert found == pytest.approx(wins / (len(ours) * len(theirs)))
+    # Resamples are rows
+    stacked = figures.probability_of_improvement(np.array([ours, ours[::-1]]), np.array([theirs, theirs]))
+    np.testing.assert_allclose(stacked, [found, found])
+    assert found + figures.probability_of_improvement(np.array(theirs), np.array(ours)) == pytest.approx(1)
+
+
+def test_the_interval_of_an_improvement_holds_it():
+    ours, theirs = np.array([1.0, 2, 3, 4, 5]), np.array([0.0, 2, 2.5, 6, 1])
+    value, low, high = figures.improvement(ours, theirs)
+    assert low < value < high and value == pytest.approx(16 / 25)
+    assert figures.improvement(ours + 10, theirs) == (1, 1, 1)
+    assert np.isnan(figures.improvement(ours[:1], theirs)[1:]).all()
 
 
 def test_the_article_is_compared_up_to_the_same_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from stable_baselines3.common.logger import KVWriter, Logger
 
+from benchmarks.where import TASKS
 from sb3_reinforce import REINFORCE
 from tests.test_api import PUBLIC
 
@@ -45,6 +46,7 @@ FILLED = {
     "docs/advantages.md": ["advantages", "variance"],
     "docs/benchmarks.md": ["article", "learning", "soak", "throughput"],
     "docs/scaling.md": ["paper", "workers"],
+    "docs/where.md": [f"where-{task}" for task in TASKS],
 }
 
 
