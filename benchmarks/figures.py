@@ -60,6 +60,19 @@ ZOO = "[RL Zoo](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmar
 TIANSHOU = "[Tianshou](https://github.com/thu-ml/tianshou/tree/master/examples/mujoco)"
 HERE = "[here](docs/benchmarks.md#final-policies)"
 RACED = "[here](docs/benchmarks.md#against-others)"
+#: Returns of others on older versions of MuJoCo's tasks: Tianshou's REINFORCE after 10 M steps, Spinning Up's VPG after 3 M,
+#: and RL Zoo's TRPO after 1 M; None where there are none
+MUJOCO: dict[str, tuple[float, float | None, float | None]] = {
+    "Ant": (1108, 5, 4982),
+    "HalfCheetah": (1139, 600, 1785),
+    "Hopper": (416, 800, 3618),
+    "Walker2d": (441, 460, 4933),
+    "Swimmer": (36, 51, 366),
+    "Humanoid": (464, None, None),
+    "Reacher": (-5.5, None, None),
+    "InvertedPendulum": (1000, None, None),
+    "InvertedDoublePendulum": (7726, None, None),
+}
 #: Who is in the table of peers, by the name in the race
 PEERS = {
     "reinforce": "REINFORCE",
@@ -434,6 +447,23 @@ def where_block(task: str) -> str:
     return f"{verdict(task)}\n\n![{task}: return against steps](images/where_{task}.png)\n\n{where_table(task)}"
 
 
+def mujoco() -> str:
+    """The final policies on MuJoCo beside what others have published of plain policy gradients, and of TRPO."""
+    lines = [
+        "| task | seeds | return: IQM [95 % interval] | worst and best seed | Tianshou | Spinning Up | TRPO |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task, others in MUJOCO.items():
+        for name, label in (("reinforce", task), ("gamma-0.9999", f"{task}, `gamma=0.9999`")):
+            if len(returns := finals(f"{task}-v5", name)):
+                mark = "**" if iqm(returns) >= max(other for other in others[:2] if other is not None) else ""
+                worst_best = f"{returns.min():.1f}, {returns.max():.1f}"
+                texts = ["-" if other is None else f"{other:g}" for other in others]
+                row = (label, len(returns), score(returns, digits=1, bold=mark), worst_best, *texts)
+                lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     for task in where.TASKS:
         if where_complete(task):
@@ -442,6 +472,7 @@ def main() -> None:
     for folder in sorted(FOLDER.iterdir()):
         curves(folder.name, IMAGES / f"learning_{folder.name}.png")
     fill(PAGE, "learning", table())
+    fill(PAGE, "mujoco", mujoco())
     fill(README, "headline", headline())
     fill(README, "peers", peers())
     print(f"{table()}\n\n{headline()}")

@@ -27,7 +27,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "learning")
     monkeypatch.setattr(where, "FOLDER", tmp_path / "where")
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
-    pages = dict(README=("headline", "peers"), PAGE=("learning",), ADVANTAGES=("advantages",), WHERE=())
+    pages = dict(README=("headline", "peers"), PAGE=("learning", "mujoco"), ADVANTAGES=("advantages",), WHERE=())
     pages["WHERE"] = tuple(f"where-{task}" for task in where.TASKS)
     for name, blocks in pages.items():
         monkeypatch.setattr(figures, name, tmp_path / name)
@@ -221,6 +221,24 @@ def test_advantage_functions_have_a_page_of_their_own(results: Path):
     assert all("advantage" not in (results / page).read_text() for page in ("README", "PAGE"))
 
 
+def test_mujoco_is_bold_where_it_is_at_least_what_others_of_its_kind_have(results: Path):
+    for env_id, name, means in (
+        ("Hopper-v5", "reinforce", (900.0, 1100.0)),
+        ("Swimmer-v5", "reinforce", (40.0, 50.0)),
+        ("Swimmer-v5", "gamma-0.9999", (60.0,)),
+        ("InvertedPendulum-v5", "reinforce", (1000.0, 1000.0)),
+    ):
+        for seed, mean in enumerate(means):
+            content = dict(seed=seed, evaluations=[], timesteps=3_000_000, seconds=1.0, final_returns=[mean - 1, mean + 1])
+            common.write_json(learning.FOLDER / env_id / name / f"seed_{seed}.json", content)
+    assert figures.mujoco().splitlines()[2:] == [
+        "| Hopper | 2 | **1000.0** [900.0, 1100.0] | 900.0, 1100.0 | 416 | 800 | 3618 |",
+        "| Swimmer | 2 | 45.0 [40.0, 50.0] | 40.0, 50.0 | 36 | 51 | 366 |",
+        "| Swimmer, `gamma=0.9999` | 1 | **60.0** | 60.0, 60.0 | 36 | 51 | 366 |",
+        "| InvertedPendulum | 2 | **1000.0** [1000.0, 1000.0] | 1000.0, 1000.0 | 1000 | - | - |",
+    ]
+
+
 def test_a_block_is_filled_and_a_missing_one_is_an_error(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("before <!-- a -->old<!-- /a --> <!-- b -->kept<!-- /b -->")
@@ -238,6 +256,7 @@ def test_the_pages_say_what_the_committed_results_say():
         common.PAGE: dict(
             article=article.comparison(article.read_runs()),
             learning=figures.table(),
+            mujoco=figures.mujoco(),
             soak=soak.summary(results["soak"]),
             throughput=throughput.table(results["throughput"]),
         ),
