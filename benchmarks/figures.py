@@ -20,7 +20,7 @@ from benchmarks import where
 from benchmarks.common import ADVANTAGES, IMAGES, PAGE, README, WHERE, fill
 from benchmarks.learning import FOLDER
 from sb3_reinforce.report.drawing import draw_evaluations
-from sb3_reinforce.report.estimates import estimate, interval, iqm, number
+from sb3_reinforce.report.estimates import count, estimate, interval, iqm, number
 from sb3_reinforce.returns import AdvantageName
 
 LANDER = "LunarLanderContinuous-v3"
@@ -190,7 +190,7 @@ def band(axes: Any, runs: list[dict[str, Any]], what: str, color: str, label: st
         np.interp(grid, [p[what] for p in run["evaluations"]], [p["mean_return"] for p in run["evaluations"]]) for run in runs
     ]
     low, middle, high = np.percentile(returns, [25, 50, 75], axis=0)
-    axes.plot(grid, middle, color=color, label=f"{label}, {len(runs)} seeds")
+    axes.plot(grid, middle, color=color, label=f"{label}, {count(runs, 'seed')}")
     axes.fill_between(grid, low, high, color=color, alpha=0.2, linewidth=0)
 
 
