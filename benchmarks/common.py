@@ -73,3 +73,8 @@ def run_all(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], n_pro
     with ProcessPoolExecutor(n_processes, get_context("spawn")) as executor:
         for future in [executor.submit(function, *job) for job in jobs]:
             future.result()
+
+
+def read_folder(folder: Path) -> list[dict[str, Any]]:
+    """The runs in a folder, by seed."""
+    return sorted((json.loads(path.read_text()) for path in folder.glob("seed_*.json")), key=lambda run: run["seed"])

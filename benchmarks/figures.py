@@ -1,6 +1,6 @@
 """
-The learning curves, tables and headline of the README and of docs/, from what `benchmarks.learning` and `benchmarks.where`
-have written.
+The learning curves, tables and headline of the README and of docs/, from what `benchmarks.learning` has written; and those of
+:mod:`benchmarks.where_figures`.
 
     python -m benchmarks.figures
 
@@ -9,18 +9,15 @@ bootstrap over runs (Agarwal et al., 2021, "Deep reinforcement learning at the e
 environment their stratified bootstrap is the ordinary one).
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
-from scipy import stats
 
-from benchmarks import where
-from benchmarks.common import ADVANTAGES, IMAGES, PAGE, README, WHERE, fill
+from benchmarks import where_figures
+from benchmarks.common import ADVANTAGES, IMAGES, PAGE, README, fill, read_folder
 from benchmarks.learning import FOLDER
-from sb3_reinforce.report.drawing import draw_evaluations
-from sb3_reinforce.report.estimates import count, estimate, interval, iqm, number
+from sb3_reinforce.report.estimates import count, interval, iqm
 from sb3_reinforce.returns import AdvantageName
 
 LANDER = "LunarLanderContinuous-v3"
@@ -40,16 +37,6 @@ COLORS = {
 LABELS = {"race-workers": "reinforce, workers=2 (two cores)", "race-envpool": "reinforce on EnvPool"}
 #: Other work ran beside these: their seconds say nothing
 STEPS_ONLY = ("race-a2c", "race-tianshou")
-#: The same for the tasks of `benchmarks.where`
-WHERE_COLORS = {
-    "reinforce": "tab:blue",
-    "reinforce-cut": "tab:cyan",
-    "a2c": "tab:green",
-    "ppo": "tab:orange",
-    "ppo-long": "tab:red",
-}
-#: All runs of one above all of the other: with three seeds each, that happens by chance in one of ten cases, with four in 3 %
-MIN_SEEDS = 4
 #: The folders of the four advantage functions begin with this
 ADVANTAGE = "advantage-"
 ADVANTAGE_COLORS = dict(zip(get_args(AdvantageName), ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
@@ -88,11 +75,6 @@ PEERS = {
 def read(env_id: str, name: str) -> list[dict[str, Any]]:
     """The runs of one environment and algorithm, by seed."""
     return read_folder(FOLDER / env_id / name)
-
-
-def read_folder(folder: Path) -> list[dict[str, Any]]:
-    """The runs in a folder, by seed."""
-    return sorted((json.loads(path.read_text()) for path in folder.glob("seed_*.json")), key=lambda run: run["seed"])
 
 
 def solved_at(run: dict[str, Any], what: str) -> float:
@@ -328,125 +310,6 @@ def peers() -> str:
     return "\n".join(lines)
 
 
-def probability_of_improvement(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> Any:
-    """
-    How probable it is that a run of one algorithm returns more than a run of another; ties count half (Agarwal et al., 2021,
-    section 4.3: the Mann-Whitney U statistic, divided by the number of pairs).
-
-    :param ours: (..., n) final returns of the runs of one
-    :param theirs: (..., m) of the other
-    :param axis: that of the runs, the last
-    :return: (...)
-    """
-    difference = np.expand_dims(ours, -1) - np.expand_dims(theirs, -2)
-    return np.mean((1 + np.sign(difference)) / 2, axis=(-2, -1))
-
-
-def improvement(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Probability of improvement, and the bounds of its 95 % percentile bootstrap interval: both groups are resampled."""
-    value = float(probability_of_improvement(ours, theirs))
-    if min(len(ours), len(theirs)) < 2:
-        return value, np.nan, np.nan
-    if value in (0, 1):
-        # Each resample says the same
-        return value, value, value
-    options = dict(method="percentile", n_resamples=2000, vectorized=True, rng=np.random.default_rng(0))
-    return value, *stats.bootstrap((ours, theirs), probability_of_improvement, **options).confidence_interval
-
-
-def where_runs(task: str) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each algorithm that has any."""
-    runs = {name: read_folder(where.FOLDER / task / name) for name in where.TASKS[task].algorithms}
-    return {name: found for name, found in runs.items() if found}
-
-
-def where_complete(task: str) -> bool:
-    """Whether all algorithms have the same seeds, of which one makes no interval."""
-    runs_of = where_runs(task)
-    seeds = {tuple(run["seed"] for run in runs) for runs in runs_of.values()}
-    return len(runs_of) == len(where.TASKS[task].algorithms) and len(seeds) == 1 and len(seeds.pop()) > 1
-
-
-def where_finals(runs: list[dict[str, Any]]) -> np.ndarray:
-    return np.array([np.mean(run["final_returns"]) for run in runs])
-
-
-def where_curves(task: str, path: Path) -> None:
-    """The evaluations of each run, and their IQM with its interval, against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 3.4), constrained_layout=True)
-    for name, runs in where_runs(task).items():
-        curves = [
-            dict(
-                steps=[point["steps"] for point in run["evaluations"]] + [run["timesteps"]],
-                mean=[point["mean_return"] for point in run["evaluations"]] + [np.mean(run["final_returns"])],
-            )
-            for run in runs
-        ]
-        draw_evaluations(axes, curves, WHERE_COLORS[name], f"{name}, {len(runs)} seeds")
-    axes.set(xlabel="steps", ylabel="return of the deterministic policy", title=task)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def where_improvements(task: str) -> dict[str, tuple[float, float, float]]:
-    """The improvement of REINFORCE over each other algorithm that has runs."""
-    (_, ours), *others = where_runs(task).items()
-    return {name: improvement(where_finals(ours), where_finals(runs)) for name, runs in others}
-
-
-def verdict(task: str) -> str:
-    """Over whom REINFORCE improves, as far as the intervals tell."""
-    if (n_seeds := len(where_runs(task)["reinforce"])) < MIN_SEEDS:
-        return f"{n_seeds} seeds are too few to tell who returns more."
-    groups: dict[str, list[str]] = {"returns more than": [], "returns less than": [], "cannot be told from": []}
-    for name, (_, low, high) in where_improvements(task).items():
-        if low > 0.5:
-            groups["returns more than"].append(name)
-        elif high < 0.5:
-            groups["returns less than"].append(name)
-        else:
-            groups["cannot be told from"].append(name)
-    said = [f"{what} {', '.join(names)}" for what, names in groups.items() if names]
-    return f"After {where.TASKS[task].timesteps:,} steps, reinforce {'; '.join(said)}."
-
-
-def where_table(task: str) -> str:
-    """One row for each algorithm."""
-    lines = [
-        "| algorithm | settings | seeds | return: IQM [95 % interval] | worst, best | sampled | REINFORCE is better | CPU s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    improvements = where_improvements(task)
-    for name, runs in where_runs(task).items():
-        returns = where_finals(runs)
-        sampled = np.array([run["training_return"] for run in runs])
-        settings = "defaults" if runs[0]["settings"] == "defaults" else f"`{runs[0]['settings']}`"
-        better = ""
-        if name in improvements:
-            value, low, high = improvements[name]
-            better = f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-        lines.append(
-            f"| {name} | {settings} | {len(runs)} | {estimate(iqm(returns), interval(returns, iqm))} "
-            f"| {number(returns.min())}, {number(returns.max())} | {number(iqm(sampled))} | {better} "
-            f"| {np.median([run['seconds'] for run in runs]):.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def where_block(task: str) -> str:
-    """What the page has of a task: what came out, the picture and the table."""
-    if not where_complete(task):
-        return f"Not measured yet: `python -m benchmarks.where --tasks {task}`."
-    return f"{verdict(task)}\n\n![{task}: return against steps](images/where_{task}.png)\n\n{where_table(task)}"
-
-
 def mujoco() -> str:
     """The final policies on MuJoCo beside what others have published of plain policy gradients, and of TRPO."""
     lines = [
@@ -465,10 +328,7 @@ def mujoco() -> str:
 
 
 def main() -> None:
-    for task in where.TASKS:
-        if where_complete(task):
-            where_curves(task, IMAGES / f"where_{task}.png")
-        fill(WHERE, f"where-{task}", where_block(task))
+    where_figures.main()
     for folder in sorted(FOLDER.iterdir()):
         curves(folder.name, IMAGES / f"learning_{folder.name}.png")
     fill(PAGE, "learning", table())

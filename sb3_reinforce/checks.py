@@ -26,8 +26,12 @@ _RESHAPE = "wrap the environment, with TransformObservation or TransformAction o
 _ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
+def _is_integer(value: Any, minimum: int, end: float = math.inf) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(minimum <= value < end)
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
+    return _is_integer(value, 1)
 
 
 def _is_real(value: Any, minimum: float = -math.inf) -> bool:
@@ -40,10 +44,11 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, or None, got {name}={value!r}")
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise a ValueError if a value is neither None nor a finite number above 0."""
-    if value is not None and (isinstance(value, bool) or not _is_real(value) or value <= 0):
-        raise ValueError(f"{name} must be a finite number above 0, or None, got {name}={value!r}")
+def check_integer(name: str, value: Any, minimum: int, end: float = math.inf) -> None:
+    """Raise a ValueError if a value is no integer in [minimum, end)."""
+    if not _is_integer(value, minimum, end):
+        expected = f"of at least {minimum}" if end == math.inf else f"in [{minimum}, {end})"
+        raise ValueError(f"{name} must be an integer {expected}, got {name}={value!r}")
 
 
 def check_hyperparameters(model: Any) -> None:
@@ -63,10 +68,12 @@ def check_hyperparameters(model: Any) -> None:
         )
     for name in ("n_steps", "n_episodes", "max_episode_steps"):
         check_count(name, getattr(model, name))
-    check_positive("episode_timeout", model.episode_timeout)
     check("_stats_window_size", _is_count(model._stats_window_size), "an integer of at least 1")
     check("gamma", _is_real(model.gamma) and 0 < model.gamma <= 1, "in (0, 1]")
     check("ent_coef", _is_real(model.ent_coef, minimum=0), "finite and at least 0")
+    timeout = model.episode_timeout
+    is_time = timeout is None or (_is_real(timeout) and not isinstance(timeout, bool) and timeout > 0)
+    check("episode_timeout", is_time, "a finite number above 0, or None")
     rate, target_kl = model.learning_rate, model.target_kl
     check("learning_rate", callable(rate) or _is_real(rate, minimum=0), "a schedule, or finite and at least 0")
     is_step = target_kl is None or callable(target_kl) or (_is_real(target_kl) and target_kl > 0)

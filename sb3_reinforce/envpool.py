@@ -12,6 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_reinforce.checks import check_integer
 from sb3_reinforce.vec_env import EpisodeRunner, EpisodeSchedule, episode_seed
 
 #: Options of ``envpool.make`` that are set here: with others, a pool is asynchronous or not one of Gymnasium's environments.
@@ -46,9 +47,9 @@ class EnvPoolVecEnv(EpisodeRunner):
 
     def __init__(self, task_id: str, n_envs: int, seed: int = 0, num_threads: int = 1, **kwargs: Any):
         # What is out of range may end the process
-        _check_integer("n_envs", n_envs, 1)
-        _check_integer("seed", seed, 0, 2**31)
-        _check_integer("num_threads", num_threads, 0)
+        check_integer("n_envs", n_envs, 1)
+        check_integer("seed", seed, 0, 2**31)
+        check_integer("num_threads", num_threads, 0)
         for name in _RESERVED:
             if name in kwargs:
                 raise ValueError(f"{name} is not an option of EnvPoolVecEnv: it sets {', '.join(_RESERVED)} itself")
@@ -153,13 +154,6 @@ class EnvPoolVecEnv(EpisodeRunner):
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Does nothing: a pool is seeded when it is made."""
         return [None] * self.num_envs
-
-
-def _check_integer(name: str, value: Any, minimum: int, end: int | None = None) -> None:
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_integer or value < minimum or (end is not None and value >= end):
-        expected = f"of at least {minimum}" if end is None else f"in [{minimum}, {end})"
-        raise ValueError(f"{name} must be an integer {expected}, got {name}={value!r}")
 
 
 def _spaces(task_id: str, pool: Any) -> tuple[spaces.Space, spaces.Space]:

@@ -55,7 +55,7 @@ from sb3_reinforce.policies import (
     overrides,
 )
 from sb3_reinforce.returns import AdvantageName, batch_normalize
-from sb3_reinforce.rollout import collect_episodes, environment_error, seed_next_episodes, skips_idle_envs
+from sb3_reinforce.rollout import collect_episodes, environment_error, seed_next_episodes, seeds_episodes, skips_idle_envs
 from sb3_reinforce.sampling import explain_nan, torch_seeded_from, update_rng
 from sb3_reinforce.vec_env import EnvSource, EpisodeRunner, EpisodeSchedule, wrap_env
 from sb3_reinforce.workers import Workers, attach_workers, collect_from_workers
@@ -340,7 +340,7 @@ class REINFORCE(OnPolicyAlgorithm):
     def _next_schedule(self, n_rollout_steps: int | None) -> EpisodeSchedule:
         min_transitions = (n_rollout_steps or 0) * self.n_envs
         assert self.env is not None
-        seed = self.seed if getattr(self.env.unwrapped, "seeds_episodes", False) else None
+        seed = self.seed if seeds_episodes(self.env) else None
         return EpisodeSchedule(self.n_envs, min_transitions, self.n_episodes or 0, self._next_episode, seed)
 
     def collect_rollouts(
@@ -630,8 +630,8 @@ class REINFORCE(OnPolicyAlgorithm):
         if self.seed is None:
             reasons.append(f"there is no seed for environments (weights and actions are those of seed={self.run_seed})")
         assert self.env is not None
-        if not getattr(env := self.env.unwrapped, "seeds_episodes", False):
-            reasons.append(f"a {type(env).__name__} does not seed each episode")
+        if not seeds_episodes(self.env):
+            reasons.append(f"a {type(self.env.unwrapped).__name__} does not seed each episode")
         elif self.n_envs > 1 and not skips_idle_envs(self.env):
             reasons.append(f"a {type(self.env).__name__} steps idle environments along")
         if reasons and self.verbose >= 1 and not self._has_told:

@@ -169,6 +169,12 @@ def skips_idle_envs(env: VecEnv) -> bool:
     return isinstance(env.venv if type(env) is VecTransposeImage else env, EpisodeRunner)
 
 
+def seeds_episodes(env: VecEnv) -> bool:
+    """Whether each episode is seeded by its number."""
+    inner = env.unwrapped
+    return isinstance(inner, EpisodeRunner) and inner.seeds_episodes
+
+
 def seed_next_episodes(env: VecEnv, schedule: EpisodeSchedule) -> None:
     """Let the next ``reset()`` of the environments begin the next episodes of a schedule, if they can and it has a seed."""
     if isinstance(env.unwrapped, EpisodeRunner) and schedule.seed is not None:

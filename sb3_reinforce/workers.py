@@ -33,19 +33,20 @@ def attach_workers(workers: Any, env: VecEnv) -> None:
 
     :raises ValueError: if they are neither a number nor an executor, or cannot make the environment
     """
+    inner: Any = env.unwrapped
     if workers is None:
-        if isinstance(env.unwrapped, EpisodeRunner):
-            env.unwrapped.has_workers = False
+        if isinstance(inner, EpisodeRunner):
+            inner.has_workers = False
         return
     if not isinstance(workers, Executor):
         check_count("workers", workers)
     # Of a wrapper around it, workers would know nothing
-    if not skips_idle_envs(env) or env.num_envs > 1 or getattr(env.unwrapped, "maker", None) is None:
+    if not skips_idle_envs(env) or env.num_envs > 1 or inner.maker is None:
         raise ValueError(
             f"workers={workers!r} cannot have the environment that was given ({env}): each makes its own. Give its id, an "
             "EnvSpec, or a function that makes it with all its wrappers (for VecNormalize: normalize_observations=True)"
         )
-    env.unwrapped.has_workers = True  # type: ignore[attr-defined]
+    inner.has_workers = True
 
 
 @dataclass

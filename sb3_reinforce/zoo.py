@@ -120,9 +120,10 @@ class Experiments(_Base):
             self.monitor_kwargs["override_existing"] = False
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
-        if eval_env or no_log or not self.workers:
-            if self.goes_on and not (eval_env or no_log):
-                self._begin_monitor_files(n_envs)
+        is_training = not (eval_env or no_log)
+        if is_training and self.goes_on and not self.workers:
+            self._begin_monitor_files(n_envs)
+        if not is_training or not self.workers:
             return super().create_envs(n_envs, eval_env, no_log)
         if self.normalize or self.frame_stack is not None or self.vec_env_wrapper is not None:
             raise SystemExit(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stable_baselines3 import A2C
 
-from benchmarks import article, common, figures, learning, soak, step_time, throughput, variance, where
+from benchmarks import article, common, figures, learning, soak, step_time, throughput, variance, where, where_figures
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.baselines import ActionValues, LinearBaseline
 from tests.envs import ScriptedEnv
@@ -27,10 +27,11 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(figures, "FOLDER", tmp_path / "learning")
     monkeypatch.setattr(where, "FOLDER", tmp_path / "where")
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
+    monkeypatch.setattr(where_figures, "IMAGES", tmp_path)
     pages = dict(README=("headline", "peers"), PAGE=("learning", "mujoco"), ADVANTAGES=("advantages",), WHERE=())
     pages["WHERE"] = tuple(f"where-{task}" for task in where.TASKS)
     for name, blocks in pages.items():
-        monkeypatch.setattr(figures, name, tmp_path / name)
+        monkeypatch.setattr(where_figures if name == "WHERE" else figures, name, tmp_path / name)
         (tmp_path / name).write_text("\n".join(f"<!-- {block} --><!-- /{block} -->" for block in blocks))
     return tmp_path
 
@@ -260,7 +261,7 @@ def test_the_pages_say_what_the_committed_results_say():
             soak=soak.summary(results["soak"]),
             throughput=throughput.table(results["throughput"]),
         ),
-        common.WHERE: {f"where-{task}": figures.where_block(task) for task in where.TASKS},
+        common.WHERE: {f"where-{task}": where_figures.block(task) for task in where.TASKS},
     }
     for page, blocks in filled.items():
         content = page.read_text(encoding="utf-8")
@@ -380,12 +381,12 @@ def test_a_verdict_says_what_the_intervals_say(results: Path):
             run = dict(seed=seed, final_returns=[value - 1, value + 1], training_return=7, settings="n_steps=5", seconds=3)
             common.write_json(where.FOLDER / "delayed-cartpole" / name / f"seed_{seed}.json", run)
     said = "reinforce returns more than a2c; returns less than ppo; cannot be told from ppo-long."
-    assert figures.verdict("delayed-cartpole") == f"After 30,000 steps, {said}"
-    rows = figures.where_table("delayed-cartpole").splitlines()
+    assert where_figures.verdict("delayed-cartpole") == f"After 30,000 steps, {said}"
+    rows = where_figures.table("delayed-cartpole").splitlines()
     assert rows[2] == "| reinforce | `n_steps=5` | 5 | 3.333 [1.333, 7.667] | 1, 9 | 7 |  | 3 |"
     assert [row.split(" | ")[6] for row in rows[3:5]] == ["1.00 [1.00, 1.00]", "0.00 [0.00, 0.00]"]
     (where.FOLDER / "delayed-cartpole" / "ppo" / "seed_4.json").unlink()
-    assert figures.where_block("delayed-cartpole").startswith("Not measured yet: `python -m benchmarks.where --tasks")
+    assert where_figures.block("delayed-cartpole").startswith("Not measured yet: `python -m benchmarks.where --tasks")
 
 
 runs_of_one = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=6)
@@ -397,20 +398,20 @@ def test_the_probability_of_improvement_counts_pairs_and_half_of_ties(ours: list
     for one in ours:
         for other in theirs:
             wins += 1 if one > other else 0.5 if one == other else 0
-    found = figures.probability_of_improvement(np.array(ours), np.array(theirs))
+    found = where_figures.probability_of_improvement(np.array(ours), np.array(theirs))
     assert found == pytest.approx(wins / (len(ours) * len(theirs)))
     # Resamples are rows
-    stacked = figures.probability_of_improvement(np.array([ours, ours[::-1]]), np.array([theirs, theirs]))
+    stacked = where_figures.probability_of_improvement(np.array([ours, ours[::-1]]), np.array([theirs, theirs]))
     np.testing.assert_allclose(stacked, [found, found])
-    assert found + figures.probability_of_improvement(np.array(theirs), np.array(ours)) == pytest.approx(1)
+    assert found + where_figures.probability_of_improvement(np.array(theirs), np.array(ours)) == pytest.approx(1)
 
 
 def test_the_interval_of_an_improvement_holds_it():
     ours, theirs = np.array([1.0, 2, 3, 4, 5]), np.array([0.0, 2, 2.5, 6, 1])
-    value, low, high = figures.improvement(ours, theirs)
+    value, low, high = where_figures.improvement(ours, theirs)
     assert low < value < high and value == pytest.approx(16 / 25)
-    assert figures.improvement(ours + 10, theirs) == (1, 1, 1)
-    assert np.isnan(figures.improvement(ours[:1], theirs)[1:]).all()
+    assert where_figures.improvement(ours + 10, theirs) == (1, 1, 1)
+    assert np.isnan(where_figures.improvement(ours[:1], theirs)[1:]).all()
 
 
 def test_the_article_is_compared_up_to_the_same_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
