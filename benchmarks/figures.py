@@ -26,6 +26,8 @@ SOLVED = 200.0
 COLORS = {
     "reinforce": "tab:blue",
     "defaults": "tab:cyan",
+    "trpo": "tab:red",
+    "a2c": "tab:brown",
     "race-workers": "tab:purple",
     "race-envpool": "tab:green",
     "race-trpo": "tab:red",
@@ -60,6 +62,8 @@ MUJOCO: dict[str, tuple[float, float | None, float | None]] = {
     "InvertedPendulum": (1000, None, None),
     "InvertedDoublePendulum": (7726, None, None),
 }
+#: The tasks on which others were trained here, and the runs of REINFORCE beside theirs: those of the same ``gamma``
+BESIDE = {"HalfCheetah": "reinforce", "Hopper": "reinforce", "Swimmer": "gamma-0.9999"}
 #: Who is in the table of peers, by the name in the race
 PEERS = {
     "reinforce": "REINFORCE",
@@ -327,12 +331,32 @@ def mujoco() -> str:
     return "\n".join(lines)
 
 
+def beside() -> str:
+    """The final policies of REINFORCE and of others on MuJoCo, and how probable it is that REINFORCE returns more."""
+    lines = [
+        "| task | algorithm | seeds | steps | seconds a run | return: IQM [95 % interval] | REINFORCE is better |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task, name_of_ours in BESIDE.items():
+        ours = finals(f"{task}-v5", name_of_ours)
+        for name in (name_of_ours, "trpo", "a2c"):
+            if not (runs := read(f"{task}-v5", name)):
+                continue
+            returns = finals(f"{task}-v5", name)
+            steps, seconds = (np.median([run[what] for run in runs]) for what in ("timesteps", "seconds"))
+            better = "" if name == name_of_ours else where_figures.better(ours, returns)
+            row = (task, name, len(runs), f"{steps / 1e6:.2g} M", f"{seconds:.0f}", score(returns), better)
+            lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     where_figures.main()
     for folder in sorted(FOLDER.iterdir()):
         curves(folder.name, IMAGES / f"learning_{folder.name}.png")
     fill(PAGE, "learning", table())
     fill(PAGE, "mujoco", mujoco())
+    fill(PAGE, "beside", beside())
     fill(README, "headline", headline())
     fill(README, "peers", peers())
     print(f"{table()}\n\n{headline()}")

@@ -6,22 +6,24 @@ Learning, over many seeds: one JSON a run, in ``results/learning/ENV/NAME/seed_K
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo tianshou --timesteps 500000
     python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 8000-8019 --timesteps 1000000
 
-Algorithms are those of RL Zoo, each with the settings of its hyperparameter file; ``defaults``: REINFORCE as its
-constructor makes it, on an environment named by a string; REINFORCE with the settings of its file on two ``workers``, or
-on 16 environments of ``envpool`` (training only); and ``tianshou``: Tianshou's Reinforce, for which there must be ``make
-peers``. Runs that are there already are skipped. Every so many steps the deterministic policy is evaluated on environments
-that training never sees, with the clock of the run stopped; at the end, the final policy over 100 episodes. A small part
-(``--set gamma:0.98``) may differ from the file, under another ``--name``, as do other ``--timesteps``, and training in pieces
-(``--pieces 2000``: that many steps in each call of ``learn()``). Several algorithms take turns, seed by seed, so that their
-seconds are those of one machine in one state.
+Algorithms are those of RL Zoo, each with the settings of its hyperparameter file (on MuJoCo's ``-v5``, which it does not
+have, with those of ``-v4``); ``defaults``: REINFORCE as its constructor makes it, on an environment named by a string;
+REINFORCE with the settings of its file on two ``workers``, or on 16 environments of ``envpool`` (training only); and
+``tianshou``: Tianshou's Reinforce, for which there must be ``make peers``. Runs that are there already are skipped. Every so
+many steps the deterministic policy is evaluated on environments that training never sees, with the clock of the run stopped;
+at the end, the final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another
+``--name``, as do other ``--timesteps``, and training in pieces (``--pieces 2000``: that many steps in each call of
+``learn()``). Several algorithms take turns, seed by seed, so that their seconds are those of one machine in one state.
 """
 
 import argparse
 import contextlib
 import io
 import os
+import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -116,6 +118,25 @@ def make_pool(manager: Any, n_envs: int, eval_env: bool = False, no_log: bool = 
     return EnvPoolVecEnv(manager.env_name.gym_id, n_envs, manager.seed, **manager.env_kwargs)
 
 
+def settings_of_v4(algo: str, env_id: str, folder: Path) -> str | None:
+    """
+    RL Zoo has the ``-v4`` of MuJoCo's tasks, not yet the ``-v5``.
+
+    :return: A hyperparameter file, in the folder, that gives a ``-v5`` the settings of its ``-v4``. None if RL Zoo has the
+        environment, or neither of them
+    """
+    import rl_zoo3
+    import yaml
+
+    settings = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algo}.yml").read_text())
+    v4 = env_id.removesuffix("-v5") + "-v4"
+    if env_id in settings or v4 not in settings:
+        return None
+    path = folder / "v5.yml"
+    path.write_text(yaml.safe_dump({env_id: settings[v4]}))
+    return str(path)
+
+
 def make_model(
     algo: str,
     env_id: str,
@@ -133,6 +154,7 @@ def make_model(
     import sb3_reinforce.zoo
 
     sb3_reinforce.zoo.register()
+    ours = algo in ("reinforce", "workers", "envpool")
     manager_class = rl_zoo3.exp_manager.ExperimentManager
     other_ways = contextlib.ExitStack()
     if algo == "workers":
@@ -142,9 +164,11 @@ def make_model(
         # Batches as large as with the eight environments of the file, or the next larger ones
         params = dict(n_envs=POOL, n_steps=63) | params
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), other_ways:
+        if config is None and not ours:
+            config = settings_of_v4(algo, env_id, Path(folder))
         manager = manager_class(
             argparse.Namespace(),
-            "reinforce" if algo in ("workers", "envpool") else algo,
+            "reinforce" if ours else algo,
             env_id,
             folder,
             n_timesteps=timesteps or 0,
@@ -193,7 +217,7 @@ def train_tianshou(env_id: str, seed: int, arguments: argparse.Namespace) -> dic
 def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namespace) -> None:
     went = train_tianshou(env_id, seed, arguments) if algo == "tianshou" else train(algo, env_id, seed, arguments)
     what = dict(env=env_id, algo=algo, name=name, seed=seed, differs=arguments.set, pieces=arguments.pieces)
-    others = [algo] if algo == "envpool" else []
+    others = [package for package in ("rl_zoo3", "sb3_contrib", "mujoco", "envpool") if package in sys.modules]
     write_json(FOLDER / env_id / name / f"seed_{seed}.json", provenance(*others) | what | went)
     reached = f"{np.mean(went['final_returns']):.1f}" if went["final_returns"] else "stopped at the aim"
     print(f"{env_id} {name} seed {seed}: {reached}, {went['timesteps']:,} steps in {went['seconds']:.0f} s", flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+import yaml
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given
@@ -28,7 +29,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(where, "FOLDER", tmp_path / "where")
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
     monkeypatch.setattr(where_figures, "IMAGES", tmp_path)
-    pages = dict(README=("headline", "peers"), PAGE=("learning", "mujoco"), ADVANTAGES=("advantages",), WHERE=())
+    pages = dict(README=("headline", "peers"), PAGE=("learning", "mujoco", "beside"), ADVANTAGES=("advantages",), WHERE=())
     pages["WHERE"] = tuple(f"where-{task}" for task in where.TASKS)
     for name, blocks in pages.items():
         monkeypatch.setattr(where_figures if name == "WHERE" else figures, name, tmp_path / name)
@@ -240,6 +241,37 @@ def test_mujoco_is_bold_where_it_is_at_least_what_others_of_its_kind_have(result
     ]
 
 
+def test_on_mujoco_others_are_beside_the_runs_of_their_gamma(results: Path):
+    for env_id, name, means, timesteps in (
+        ("Hopper-v5", "reinforce", (900.0, 1100.0), 3_000_000),
+        ("Hopper-v5", "trpo", (1000.0, 800.0), 1_000_000),
+        ("Swimmer-v5", "reinforce", (10.0,), 3_000_000),
+        ("Swimmer-v5", "gamma-0.9999", (60.0,), 3_000_000),
+        ("Swimmer-v5", "a2c", (50.0,), 1_000_000),
+    ):
+        for seed, mean in enumerate(means):
+            content = dict(seed=seed, evaluations=[], timesteps=timesteps, seconds=9.0, final_returns=[mean - 1, mean + 1])
+            common.write_json(learning.FOLDER / env_id / name / f"seed_{seed}.json", content)
+    assert figures.beside().splitlines()[2:] == [
+        "| Hopper | reinforce | 2 | 3 M | 9 | 1000 [900, 1100] |  |",
+        "| Hopper | trpo | 2 | 1 M | 9 | 900 [800, 1000] | 0.75 [0.00, 1.00] |",
+        "| Swimmer | gamma-0.9999 | 1 | 3 M | 9 | 60 |  |",
+        "| Swimmer | a2c | 1 | 1 M | 9 | 50 | 1.00 |",
+    ]
+
+
+@pytest.mark.parametrize("algo", ["a2c", "trpo"])
+def test_a_task_that_rl_zoo_has_in_another_version_has_the_settings_of_that(algo: str, tmp_path: Path):
+    path = learning.settings_of_v4(algo, "Swimmer-v5", tmp_path)
+    assert path is not None
+    (env_id, settings), *others = yaml.safe_load(Path(path).read_text()).items()
+    assert env_id == "Swimmer-v5" and not others
+    assert (settings["gamma"], settings["normalize"], settings["n_timesteps"]) == (0.9999, True, 1e6)
+    # Those that it has, and those of which it has nothing
+    assert learning.settings_of_v4(algo, "CartPole-v1", tmp_path) is None
+    assert learning.settings_of_v4(algo, "Unknown-v5", tmp_path) is None
+
+
 def test_a_block_is_filled_and_a_missing_one_is_an_error(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("before <!-- a -->old<!-- /a --> <!-- b -->kept<!-- /b -->")
@@ -256,6 +288,7 @@ def test_the_pages_say_what_the_committed_results_say():
         common.ADVANTAGES: dict(advantages=figures.advantage_table()),
         common.PAGE: dict(
             article=article.comparison(article.read_runs()),
+            beside=figures.beside(),
             learning=figures.table(),
             mujoco=figures.mujoco(),
             soak=soak.summary(results["soak"]),

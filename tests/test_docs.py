@@ -44,7 +44,7 @@ DIRECTIVE = re.compile(r"^```\{(?:image|include|figure)\} (\S+)", re.MULTILINE)
 FILLED = {
     "README.md": ["headline", "peers", "train"],
     "docs/advantages.md": ["advantages", "variance"],
-    "docs/benchmarks.md": ["article", "learning", "mujoco", "soak", "throughput"],
+    "docs/benchmarks.md": ["article", "beside", "learning", "mujoco", "soak", "throughput"],
     "docs/scaling.md": ["paper", "workers"],
     "docs/where.md": [f"where-{task}" for task in TASKS],
 }
