@@ -43,12 +43,6 @@ STEPS_ONLY = ("race-a2c", "race-tianshou")
 ADVANTAGE = "advantage-"
 ADVANTAGE_COLORS = dict(zip(get_args(AdvantageName), ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
 
-#: Return (mean, standard deviation) of one run each on LunarLanderContinuous-v2, and its steps: RL Zoo's benchmark.md
-PUBLISHED = {"TRPO": (262, 21, 0.2), "PPO": (271, 32, 1.0), "A2C": (84, 146, 5.0)}
-ZOO = "[RL Zoo](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)"
-TIANSHOU = "[Tianshou](https://github.com/thu-ml/tianshou/tree/master/examples/mujoco)"
-HERE = "[here](docs/benchmarks.md#final-policies)"
-RACED = "[here](docs/benchmarks.md#against-others)"
 #: Returns of others on older versions of MuJoCo's tasks: Tianshou's REINFORCE after 10 M steps, Spinning Up's VPG after 3 M,
 #: and RL Zoo's TRPO after 1 M; None where there are none
 MUJOCO: dict[str, tuple[float, float | None, float | None]] = {
@@ -64,15 +58,15 @@ MUJOCO: dict[str, tuple[float, float | None, float | None]] = {
 }
 #: The tasks on which others were trained here, and the runs of REINFORCE beside theirs: those of the same ``gamma``
 BESIDE = {"HalfCheetah": "reinforce", "Hopper": "reinforce", "Swimmer": "gamma-0.9999"}
-#: Who is in the table of peers, by the name in the race
+#: Who is in the table of peers, by the name in the race: what the table says, and where final returns are
 PEERS = {
-    "reinforce": "REINFORCE",
-    "workers": "REINFORCE, `workers=2`",
-    "envpool": "REINFORCE on EnvPool",
-    "trpo": "TRPO",
-    "ppo": "PPO",
-    "a2c": "A2C",
-    "tianshou": "Tianshou's Reinforce",
+    "reinforce": ("REINFORCE", "reinforce-300k"),
+    "workers": ("REINFORCE, `workers=2`", "final-workers"),
+    "envpool": ("REINFORCE on EnvPool", "final-envpool"),
+    "trpo": ("TRPO", "final-trpo"),
+    "ppo": ("PPO", "final-ppo"),
+    "a2c": ("A2C", "race-a2c"),
+    "tianshou": ("Tianshou's Reinforce", "race-tianshou"),
 }
 
 
@@ -273,44 +267,25 @@ def headline() -> str:
     return "\n".join([f"On {LANDER}, {len(first)} seeds that no tuning has seen:", "", *lines])
 
 
-def final_return(name: str) -> str:
-    """The last two columns of the table of peers: a score, and whose."""
-    if name in ("reinforce", "workers"):
-        returns = finals(LANDER, "reinforce-300k")
-        if len(returns) and (name == "reinforce" or same_policies("race-reinforce", f"race-{name}")):
-            bold, same = ("**", "") if name == "reinforce" else ("", ": the same policies")
-            return f"{score(returns, bold=bold)} after 0.3 M, {len(returns)} seeds{same} | {HERE}"
-    if name.upper() in PUBLISHED:
-        mean, std, millions = PUBLISHED[name.upper()]
-        return f"{mean} ± {std} after {millions:g} M, one run | {ZOO}"
-    # A race measures final policies only of those that never pass: a score must not be of the worse ones
-    runs, returns = read(LANDER, f"race-{name}"), finals(LANDER, f"race-{name}")
-    if runs and len(returns) == len(runs):
-        millions = np.median([run["timesteps"] for run in runs]) / 1e6
-        return f"{score(returns)} after {millions:.1f} M, {len(runs)} seeds | {RACED}"
-    return f"MuJoCo only | {TIANSHOU}" if name == "tianshou" else "not measured |"
-
-
-def same_policies(*names: str) -> bool:
-    """Whether these have the same seeds, steps and returns, evaluation by evaluation."""
-    runs_of = [
-        [(run["seed"], [(point["steps"], point["mean_return"]) for point in run["evaluations"]]) for run in read(LANDER, name)]
-        for name in names
-    ]
-    return bool(runs_of[0]) and all(runs == runs_of[0] for runs in runs_of)
-
-
 def peers() -> str:
-    """Steps and seconds until 200, and the score, beside what others have published."""
+    """Steps and seconds until 200, final returns, and how probable it is that REINFORCE returns more."""
     lines = [
-        "| algorithm | steps to 200 | seconds | seeds that got there | final return | source of the latter |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| algorithm | steps to 200 | seconds | got there | final return: IQM [95 % interval] | after | REINFORCE is better |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, label in PEERS.items():
+    ours = PEERS["reinforce"][1]
+    for name, (label, folder) in PEERS.items():
         way = "not measured | |"
         if (found := race(name)) is not None:
             way = f"{measured(found.steps, ',.0f')} | {measured(found.seconds, '.1f')} | {found.passed}"
-        lines.append(f"| {label} | {way} | {final_return(name)} |")
+        final, runs, returns = "not measured | |", read(LANDER, folder), finals(LANDER, folder)
+        # A race measures final policies only of those that never pass: a score must not be of the worse ones
+        if runs and len(returns) == len(runs):
+            is_ours = folder == ours
+            better = "" if is_ours else where_figures.better(finals(LANDER, ours), returns)
+            millions = np.median([run["timesteps"] for run in runs]) / 1e6
+            final = f"{score(returns, bold='**' * is_ours)}, {len(runs)} seeds | {millions:.1f} M | {better}"
+        lines.append(f"| {label} | {way} | {final} |")
     return "\n".join(lines)
 
 

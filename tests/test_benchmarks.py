@@ -171,11 +171,9 @@ def test_figures_are_those_of_the_runs(results: Path):
     assert "2.3% of 44 evaluations are below 200" in readme
     assert "REINFORCE 4.0 seconds and 400,000 steps (1 of 1 seeds); TRPO never passes (1 of 3 seeds); PPO 8.0 " in readme
     assert "PPO 8.0 seconds and 800,000 steps (2 of 2 seeds, 2.0 times as long)" in readme
-    assert "\n| TRPO | never | never | 1 of 3 | 262 ± 21 after 0.2 M, one run | [RL Zoo](" in readme
-    assert "\n| PPO | 800,000 | 8.0 | 2 of 2 | 271 ± 32 after 1 M, one run | [RL Zoo](" in readme
-    assert "\n| A2C | not measured | | | 84 ± 146 after 5 M" in readme
-    assert "\n| REINFORCE on EnvPool | not measured | | | not measured | |\n" in readme
-    assert "\n| Tianshou's Reinforce | not measured | | | MuJoCo only | [Tianshou](" in readme
+    assert "\n| TRPO | never | never | 1 of 3 | not measured | | |\n" in readme
+    assert "\n| PPO | 800,000 | 8.0 | 2 of 2 | not measured | | |\n" in readme
+    assert "\n| A2C | not measured | | | not measured | | |\n" in readme
     assert f"| {figures.LANDER} | reinforce | 8 | 1 M | 235.0 [" in (results / "PAGE").read_text()
     assert (results / f"learning_{figures.LANDER}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -189,25 +187,24 @@ def test_a_run_that_never_passes_counts_as_late(results: Path):
     assert "\n| TRPO | 600,000 | 6.0 | 2 of 3 |" in figures.peers()
 
 
-def test_workers_have_the_score_of_the_same_policies(results: Path):
+def test_final_returns_of_peers_are_beside_those_of_as_many_steps(results: Path):
     for seed in range(2):
-        fake_run("reinforce-300k", seed, 250, 400_000)
-        fake_run("race-reinforce", seed, 250, 400_000)
-        fake_run("race-workers", seed, 250, 400_000)
-    row = "\n| REINFORCE, `workers=2` | 400,000 | 4.0 | 2 of 2 | "
-    assert f"{row}250 [250, 250] after 0.3 M, 2 seeds: the same policies | [here](" in figures.peers()
-    fake_run("race-workers", 1, 250, 500_000)
-    assert "the same policies" not in figures.peers()
+        fake_run("reinforce-300k", seed, 250 + 10 * seed, 400_000)
+        fake_run("race-ppo", seed, 200, 500_000)
+        fake_run("final-ppo", seed, 245 + 10 * seed, 500_000)
+    assert figures.peers().splitlines()[2] == "| REINFORCE | not measured | | | **255** [250, 260], 2 seeds | 1.0 M |  |"
+    assert "\n| PPO | 500,000 | 5.0 | 2 of 2 | 250 [245, 255], 2 seeds | 1.0 M | 0.75 [0.00, 1.00] |\n" in figures.peers()
 
 
 def test_a_race_has_a_final_return_only_of_all_seeds(results: Path):
     for seed in range(2):
+        fake_run("reinforce-300k", seed, 250, 400_000)
         fake_run("race-tianshou", seed, 100 + 20 * seed, 2_000_000)
     row = "\n| Tianshou's Reinforce | never | never | 0 of 2 | "
-    assert f"{row}110 [100, 120] after 1.0 M, 2 seeds | [here](docs/benchmarks.md#against-others) |" in figures.peers()
+    assert f"{row}110 [100, 120], 2 seeds | 1.0 M | 1.00 [1.00, 1.00] |" in figures.peers()
     path = learning.FOLDER / figures.LANDER / "race-tianshou" / "seed_1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(final_returns=[])))
-    assert f"{row}MuJoCo only | [Tianshou](" in figures.peers()
+    assert f"{row}not measured | | |" in figures.peers()
 
 
 def test_advantage_functions_have_a_page_of_their_own(results: Path):
