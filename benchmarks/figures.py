@@ -185,6 +185,7 @@ def curves(env_id: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, constrained_layout=True)
     for name, runs in runs_of.items():
@@ -194,6 +195,9 @@ def curves(env_id: str, path: Path) -> None:
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
     panels[0].set_xlim(left=0)
     panels[1].set(xlabel="seconds of training, one core", xscale="log")
+    panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panels[1].xaxis.set_minor_formatter(NullFormatter())
     for axes in panels:
         if env_id == LANDER:
             axes.axhline(SOLVED, color="gray", linestyle=":")
