@@ -220,6 +220,12 @@ def test_advantage_functions_have_a_page_of_their_own(results: Path):
     assert all("advantage" not in (results / page).read_text() for page in ("README", "PAGE"))
 
 
+def fake_finals(env_id: str, name: str, means: tuple[float, ...], timesteps: int) -> None:
+    for seed, mean in enumerate(means):
+        content = dict(seed=seed, evaluations=[], timesteps=timesteps, seconds=9.0, final_returns=[mean - 1, mean + 1])
+        common.write_json(learning.FOLDER / env_id / name / f"seed_{seed}.json", content)
+
+
 def test_mujoco_is_bold_where_it_is_at_least_what_others_of_its_kind_have(results: Path):
     for env_id, name, means in (
         ("Hopper-v5", "reinforce", (900.0, 1100.0)),
@@ -227,9 +233,7 @@ def test_mujoco_is_bold_where_it_is_at_least_what_others_of_its_kind_have(result
         ("Swimmer-v5", "gamma-0.9999", (60.0,)),
         ("InvertedPendulum-v5", "reinforce", (1000.0, 1000.0)),
     ):
-        for seed, mean in enumerate(means):
-            content = dict(seed=seed, evaluations=[], timesteps=3_000_000, seconds=1.0, final_returns=[mean - 1, mean + 1])
-            common.write_json(learning.FOLDER / env_id / name / f"seed_{seed}.json", content)
+        fake_finals(env_id, name, means, 3_000_000)
     assert figures.mujoco().splitlines()[2:] == [
         "| Hopper | 2 | **1000.0** [900.0, 1100.0] | 900.0, 1100.0 | 416 | 800 | 3618 |",
         "| Swimmer | 2 | 45.0 [40.0, 50.0] | 40.0, 50.0 | 36 | 51 | 366 |",
@@ -246,9 +250,7 @@ def test_on_mujoco_others_are_beside_the_runs_of_their_gamma(results: Path):
         ("Swimmer-v5", "gamma-0.9999", (60.0,), 3_000_000),
         ("Swimmer-v5", "a2c", (50.0,), 1_000_000),
     ):
-        for seed, mean in enumerate(means):
-            content = dict(seed=seed, evaluations=[], timesteps=timesteps, seconds=9.0, final_returns=[mean - 1, mean + 1])
-            common.write_json(learning.FOLDER / env_id / name / f"seed_{seed}.json", content)
+        fake_finals(env_id, name, means, timesteps)
     assert figures.beside().splitlines()[2:] == [
         "| Hopper | reinforce | 2 | 3 M | 9 | 1000 [900, 1100] |  |",
         "| Hopper | trpo | 2 | 1 M | 9 | 900 [800, 1000] | 0.75 [0.00, 1.00] |",
