@@ -293,29 +293,29 @@ def peers() -> str:
     return "\n".join(lines)
 
 
+def markdown(columns: list[str], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
 def mujoco() -> str:
     """The final policies on MuJoCo beside what others have published of plain policy gradients, and of TRPO."""
-    lines = [
-        "| task | seeds | return: IQM [95 % interval] | worst and best seed | Tianshou | Spinning Up | TRPO |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows: list[tuple[Any, ...]] = []
     for task, others in MUJOCO.items():
         for name, label in (("reinforce", task), ("gamma-0.9999", f"{task}, `gamma=0.9999`")):
             if len(returns := finals(f"{task}-v5", name)):
                 mark = "**" if iqm(returns) >= max(other for other in others[:2] if other is not None) else ""
                 worst_best = f"{returns.min():.1f}, {returns.max():.1f}"
                 texts = ["-" if other is None else f"{other:g}" for other in others]
-                row = (label, len(returns), score(returns, digits=1, bold=mark), worst_best, *texts)
-                lines.append(f"| {' | '.join(map(str, row))} |")
-    return "\n".join(lines)
+                rows.append((label, len(returns), score(returns, digits=1, bold=mark), worst_best, *texts))
+    return markdown(
+        ["task", "seeds", "return: IQM [95 % interval]", "worst and best seed", "Tianshou", "Spinning Up", "TRPO"], rows
+    )
 
 
 def beside() -> str:
     """The final policies of REINFORCE and of others on MuJoCo, and how probable it is that REINFORCE returns more."""
-    lines = [
-        "| task | algorithm | seeds | steps | seconds a run | return: IQM [95 % interval] | REINFORCE is better |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows: list[tuple[Any, ...]] = []
     for task, name_of_ours in BESIDE.items():
         ours = finals(f"{task}-v5", name_of_ours)
         for name in (name_of_ours, "trpo", "a2c"):
@@ -324,9 +324,10 @@ def beside() -> str:
             returns = finals(f"{task}-v5", name)
             steps, seconds = (np.median([run[what] for run in runs]) for what in ("timesteps", "seconds"))
             better = "" if name == name_of_ours else where_figures.better(ours, returns)
-            row = (task, name, len(runs), f"{steps / 1e6:.2g} M", f"{seconds:.0f}", score(returns), better)
-            lines.append(f"| {' | '.join(map(str, row))} |")
-    return "\n".join(lines)
+            rows.append((task, name, len(runs), f"{steps / 1e6:.2g} M", f"{seconds:.0f}", score(returns), better))
+    return markdown(
+        ["task", "algorithm", "seeds", "steps", "seconds a run", "return: IQM [95 % interval]", "REINFORCE is better"], rows
+    )
 
 
 def main() -> None:
