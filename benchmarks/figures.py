@@ -122,12 +122,14 @@ def measured(value: float, form: str) -> str:
     return format(value, form) if np.isfinite(value) else "never"
 
 
+def markdown(columns: list[str], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
 def table() -> str:
     """One row for each environment and algorithm with finished runs."""
-    lines = [
-        "| environment | algorithm | seeds | steps | return: IQM [95 % interval] | worst and best seed | seconds a run |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows: list[tuple[Any, ...]] = []
     for folder in sorted(FOLDER.glob("*/*")):
         runs = [run for run in read(folder.parent.name, folder.name) if run["final_returns"]]
         # The race is to the first pass, and the advantage functions have a page of their own
@@ -135,25 +137,31 @@ def table() -> str:
             continue
         steps = np.median([run["timesteps"] for run in runs])
         seconds = np.median([run["seconds"] for run in runs])
-        lines.append(
-            f"| {folder.parent.name} | {folder.name} | {len(runs)} | {steps / 1e6:.2g} M "
-            f"| {cells(finals(folder.parent.name, folder.name))} | {seconds:.0f} |"
-        )
-    return "\n".join(lines)
+        returns = cells(finals(folder.parent.name, folder.name))
+        rows.append((folder.parent.name, folder.name, len(runs), f"{steps / 1e6:.2g} M", returns, f"{seconds:.0f}"))
+    return markdown(
+        [
+            "environment",
+            "algorithm",
+            "seeds",
+            "steps",
+            "return: IQM [95 % interval]",
+            "worst and best seed",
+            "seconds a run",
+        ],
+        rows,
+    )
 
 
 def advantage_table() -> str:
     """One row for each environment and advantage function."""
-    lines = [
-        "| environment | `advantage` | seeds | return: IQM [95 % interval] | worst and best seed |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows: list[tuple[Any, ...]] = []
     for env_id in advantage_envs():
         for name in ADVANTAGE_COLORS:
             returns = finals(env_id, ADVANTAGE + name)
             if len(returns):
-                lines.append(f"| {env_id} | {name} | {len(returns)} | {cells(returns)} |")
-    return "\n".join(lines)
+                rows.append((env_id, name, len(returns), cells(returns)))
+    return markdown(["environment", "`advantage`", "seeds", "return: IQM [95 % interval]", "worst and best seed"], rows)
 
 
 def advantage_envs() -> list[str]:
@@ -273,10 +281,7 @@ def headline() -> str:
 
 def peers() -> str:
     """Steps and seconds until 200, final returns, and how probable it is that REINFORCE returns more."""
-    lines = [
-        "| algorithm | steps to 200 | seconds | got there | final return: IQM [95 % interval] | after | REINFORCE is better |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows: list[tuple[Any, ...]] = []
     ours = PEERS["reinforce"][1]
     for name, (label, folder) in PEERS.items():
         way = "not measured | |"
@@ -289,13 +294,19 @@ def peers() -> str:
             better = "" if is_ours else where_figures.better(finals(LANDER, ours), returns)
             millions = np.median([run["timesteps"] for run in runs]) / 1e6
             final = f"{score(returns, bold='**' * is_ours)}, {len(runs)} seeds | {millions:.1f} M | {better}"
-        lines.append(f"| {label} | {way} | {final} |")
-    return "\n".join(lines)
-
-
-def markdown(columns: list[str], rows: list[tuple[Any, ...]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
+        rows.append((label, way, final))
+    return markdown(
+        [
+            "algorithm",
+            "steps to 200",
+            "seconds",
+            "got there",
+            "final return: IQM [95 % interval]",
+            "after",
+            "REINFORCE is better",
+        ],
+        rows,
+    )
 
 
 def mujoco() -> str:
