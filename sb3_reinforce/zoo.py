@@ -29,6 +29,7 @@ from unittest import mock
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
@@ -146,6 +147,14 @@ class Experiments(_Base):
             if "n_steps" in hyperparams:
                 hyperparams["n_steps"] *= self.n_envs
         return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
+
+    def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:
+        """``target_kl: lin_0.01`` falls to 0 with the progress remaining, as rl_zoo3 has it for learning rates."""
+        target_kl = hyperparams.get("target_kl")
+        if self.algo == ALGO and isinstance(target_kl, str) and target_kl.startswith("lin_"):
+            # The one of SB3, so that the model needs no rl_zoo3 to load
+            hyperparams["target_kl"] = LinearSchedule(float(target_kl.removeprefix("lin_")), 0.0, 1.0)
+        return super()._preprocess_schedules(hyperparams)
 
     def create_callbacks(self) -> None:
         super().create_callbacks()

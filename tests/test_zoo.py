@@ -454,6 +454,21 @@ def test_env_kwargs_cut_training_episodes_alone(
         assert f"Mean episode length: {length}.00 +/- 0.00" in capsys.readouterr().out
 
 
+def test_a_linear_schedule_of_the_divergence(tmp_path: Path):
+    model = experiment(tmp_path, hyperparams=dict(target_kl="lin_0.02"))
+    assert [model.target_kl(progress) for progress in (1.0, 0.5, 0.0)] == [0.02, 0.01, 0.0]
+    model.save(tmp_path / "model")
+    script = f"""
+import sys
+sys.modules["rl_zoo3"] = None
+from sb3_reinforce import REINFORCE
+print(REINFORCE.load({str(tmp_path / "model")!r}).target_kl(0.75))
+"""
+    assert python(tmp_path, "-c", script).stdout.strip() == "0.015"
+    with pytest.raises(ValueError, match=r"target_kl must be a schedule, .*, got target_kl='falling'"):
+        experiment(tmp_path, hyperparams=dict(target_kl="falling"))
+
+
 def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     model = experiment(tmp_path, config="article.yml")
