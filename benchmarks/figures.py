@@ -9,6 +9,8 @@ bootstrap over runs (Agarwal et al., 2021, "Deep reinforcement learning at the e
 environment their stratified bootstrap is the ordinary one).
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -151,6 +153,37 @@ def table() -> str:
         ],
         rows,
     )
+
+
+def options(command: str) -> str:
+    """Those of a command of ``benchmarks.learning``, sorted, without the ones that are different for runs of one kind."""
+    _, *found = command.split(" --")
+    return "".join(sorted(f" --{option}" for option in found if option.split()[0] not in ("env", "algo", "seeds", "jobs")))
+
+
+def seed_range(seeds: Sequence[int]) -> str:
+    """As ``--seeds`` takes it."""
+    is_range = len(seeds) > 1 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]}-{seeds[-1]}" if is_range else ",".join(map(str, seeds))
+
+
+def commands() -> str:
+    """What repeats the runs of the table and of the race. Environments and algorithms of the same options share a line."""
+    envs: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for folder in sorted(FOLDER.glob("*/*")):
+        runs = read(folder.parent.name, folder.name)
+        # The advantage functions have a page of their own
+        if runs and not folder.name.startswith(ADVANTAGE):
+            seeds = seed_range([run["seed"] for run in runs])
+            envs[runs[0]["algo"], seeds, options(runs[0]["command"])].append(folder.parent.name)
+    algos: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for (algo, seeds, others), env_ids in envs.items():
+        algos[" ".join(env_ids), seeds, others].append(algo)
+    lines = ["```"]
+    for (joined, seeds, others), names in sorted(algos.items()):
+        which = "" if names == ["reinforce"] else f" --algo {' '.join(names)}"
+        lines.append(f"python -m benchmarks.learning --env {joined}{which} --seeds {seeds}{others}")
+    return "\n".join([*lines, "```"])
 
 
 def advantage_table() -> str:
@@ -346,6 +379,7 @@ def main() -> None:
     for folder in sorted(FOLDER.iterdir()):
         curves(folder.name, IMAGES / f"learning_{folder.name}.png")
     fill(PAGE, "learning", table())
+    fill(PAGE, "commands", commands())
     fill(PAGE, "mujoco", mujoco())
     fill(PAGE, "beside", beside())
     fill(README, "headline", headline())

@@ -29,7 +29,9 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(where, "FOLDER", tmp_path / "where")
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
     monkeypatch.setattr(where_figures, "IMAGES", tmp_path)
-    pages = dict(README=("headline", "peers"), PAGE=("learning", "mujoco", "beside"), ADVANTAGES=("advantages",), WHERE=())
+    pages = dict(
+        README=("headline", "peers"), PAGE=("learning", "commands", "mujoco", "beside"), ADVANTAGES=("advantages",), WHERE=()
+    )
     pages["WHERE"] = tuple(f"where-{task}" for task in where.TASKS)
     for name, blocks in pages.items():
         monkeypatch.setattr(where_figures if name == "WHERE" else figures, name, tmp_path / name)
@@ -149,7 +151,7 @@ def fake_run(name: str, seed: int, mean: float, first: int, below: int | None = 
     ]
     path = learning.FOLDER / figures.LANDER / name / f"seed_{seed}.json"
     content = dict(seed=seed, evaluations=evaluations, timesteps=1_000_000, seconds=10.0, final_returns=[mean - 1, mean + 1])
-    common.write_json(path, content)
+    common.write_json(path, content | dict(algo=name, command=f"python -m benchmarks.learning --seeds {seed}"))
 
 
 def test_figures_are_those_of_the_runs(results: Path):
@@ -223,6 +225,9 @@ def test_advantage_functions_have_a_page_of_their_own(results: Path):
 def fake_finals(env_id: str, name: str, means: tuple[float, ...], timesteps: int) -> None:
     for seed, mean in enumerate(means):
         content = dict(seed=seed, evaluations=[], timesteps=timesteps, seconds=9.0, final_returns=[mean - 1, mean + 1])
+        content |= dict(
+            algo=name, command=f"python -m benchmarks.learning --env {env_id} --seeds {seed} --every 9 --algo {name}"
+        )
         common.write_json(learning.FOLDER / env_id / name / f"seed_{seed}.json", content)
 
 
@@ -259,6 +264,26 @@ def test_on_mujoco_others_are_beside_the_runs_of_their_gamma(results: Path):
     ]
 
 
+def test_commands_of_the_same_options_and_seeds_are_one(results: Path):
+    for env_id, name, n_seeds in (
+        ("Hopper-v5", "reinforce", 2),
+        ("Swimmer-v5", "reinforce", 2),
+        ("Hopper-v5", "trpo", 3),
+        ("Hopper-v5", "a2c", 3),
+        ("CartPole-v1", "reinforce", 1),
+    ):
+        fake_finals(env_id, name, (1.0,) * n_seeds, 1000)
+    (results / "learning" / "Hopper-v5" / "a2c" / "seed_1.json").unlink()
+    assert figures.commands().splitlines() == [
+        "```",
+        "python -m benchmarks.learning --env CartPole-v1 --seeds 0 --every 9",
+        "python -m benchmarks.learning --env Hopper-v5 --algo a2c --seeds 0,2 --every 9",
+        "python -m benchmarks.learning --env Hopper-v5 --algo trpo --seeds 0-2 --every 9",
+        "python -m benchmarks.learning --env Hopper-v5 Swimmer-v5 --seeds 0-1 --every 9",
+        "```",
+    ]
+
+
 @pytest.mark.parametrize("algo", ["a2c", "trpo"])
 def test_a_task_that_rl_zoo_has_in_another_version_has_the_settings_of_that(algo: str, tmp_path: Path):
     path = learning.settings_of_v4(algo, "Swimmer-v5", tmp_path)
@@ -288,6 +313,7 @@ def test_the_pages_say_what_the_committed_results_say():
         common.PAGE: dict(
             article=article.comparison(article.read_runs()),
             beside=figures.beside(),
+            commands=figures.commands(),
             learning=figures.table(),
             mujoco=figures.mujoco(),
             soak=soak.summary(results["soak"]),
