@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -152,8 +152,10 @@ class Experiments(_Base):
         """``target_kl: lin_0.01`` falls to 0 with the progress remaining, as rl_zoo3 has it for learning rates."""
         target_kl = hyperparams.get("target_kl")
         if self.algo == ALGO and isinstance(target_kl, str) and target_kl.startswith("lin_"):
-            # The one of SB3, so that the model needs no rl_zoo3 to load
-            hyperparams["target_kl"] = LinearSchedule(float(target_kl.removeprefix("lin_")), 0.0, 1.0)
+            # What is no number, the constructor refuses
+            with suppress(ValueError):
+                # The schedule of SB3, so that the model needs no rl_zoo3 to load
+                hyperparams["target_kl"] = LinearSchedule(float(target_kl.removeprefix("lin_")), 0.0, 1.0)
         return super()._preprocess_schedules(hyperparams)
 
     def create_callbacks(self) -> None:

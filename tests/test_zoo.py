@@ -465,8 +465,9 @@ from sb3_reinforce import REINFORCE
 print(REINFORCE.load({str(tmp_path / "model")!r}).target_kl(0.75))
 """
     assert python(tmp_path, "-c", script).stdout.strip() == "0.015"
-    with pytest.raises(ValueError, match=r"target_kl must be a schedule, .*, got target_kl='falling'"):
-        experiment(tmp_path, hyperparams=dict(target_kl="falling"))
+    for wrong in ("falling", "lin_fast"):
+        with pytest.raises(ValueError, match=rf"target_kl must be a schedule, .*, got target_kl='{wrong}'"):
+            experiment(tmp_path, hyperparams=dict(target_kl=wrong))
 
 
 def test_the_articles_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
