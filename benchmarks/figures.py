@@ -158,7 +158,8 @@ def table() -> str:
 def options(command: str) -> str:
     """Those of a command of ``benchmarks.learning``, sorted, without the ones that are different for runs of one kind."""
     _, *found = command.split(" --")
-    return "".join(sorted(f" --{option}" for option in found if option.split()[0] not in ("env", "algo", "seeds", "jobs")))
+    different = ("env", "algo", "seeds", "name", "jobs")
+    return "".join(sorted(f" --{option}" for option in found if option.split()[0] not in different))
 
 
 def seed_range(seeds: Sequence[int]) -> str:
@@ -169,20 +170,23 @@ def seed_range(seeds: Sequence[int]) -> str:
 
 def commands() -> str:
     """What repeats the runs of the table and of the race. Environments and algorithms of the same options share a line."""
-    envs: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    seeds: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
     for folder in sorted(FOLDER.glob("*/*")):
-        runs = read(folder.parent.name, folder.name)
         # The advantage functions have a page of their own
-        if runs and not folder.name.startswith(ADVANTAGE):
-            seeds = seed_range([run["seed"] for run in runs])
-            envs[runs[0]["algo"], seeds, options(runs[0]["command"])].append(folder.parent.name)
-    algos: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for (algo, seeds, others), env_ids in envs.items():
-        algos[" ".join(env_ids), seeds, others].append(algo)
+        for run in [] if folder.name.startswith(ADVANTAGE) else read(folder.parent.name, folder.name):
+            seeds[run["env"], run["name"], run["algo"], options(run["command"])].append(run["seed"])
+    envs: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
+    for (env_id, name, algo, others), found in seeds.items():
+        envs[name, algo, seed_range(found), others].append(env_id)
+    # With several algorithms, --name is what the names of all begin with
+    algos: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
+    for (name, algo, range_, others), env_ids in envs.items():
+        algos[" ".join(env_ids), range_, others, name.removesuffix(algo)].append(algo)
     lines = ["```"]
-    for (joined, seeds, others), names in sorted(algos.items()):
-        which = "" if names == ["reinforce"] else f" --algo {' '.join(names)}"
-        lines.append(f"python -m benchmarks.learning --env {joined}{which} --seeds {seeds}{others}")
+    for (joined, range_, others, begin), which in sorted(algos.items()):
+        name = begin.removesuffix("-") if len(which) > 1 or not begin.endswith("-") else f"{begin}{which[0]}"
+        given = ("" if which == ["reinforce"] else f" --algo {' '.join(which)}") + (f" --name {name}" if name else "")
+        lines.append(f"python -m benchmarks.learning --env {joined}{given} --seeds {range_}{others}")
     return "\n".join([*lines, "```"])
 
 

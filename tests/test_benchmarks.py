@@ -151,7 +151,8 @@ def fake_run(name: str, seed: int, mean: float, first: int, below: int | None = 
     ]
     path = learning.FOLDER / figures.LANDER / name / f"seed_{seed}.json"
     content = dict(seed=seed, evaluations=evaluations, timesteps=1_000_000, seconds=10.0, final_returns=[mean - 1, mean + 1])
-    common.write_json(path, content | dict(algo=name, command=f"python -m benchmarks.learning --seeds {seed}"))
+    what = dict(env=figures.LANDER, name=name, algo=name.removeprefix("race-"))
+    common.write_json(path, content | what | dict(command=f"python -m benchmarks.learning --seeds {seed}"))
 
 
 def test_figures_are_those_of_the_runs(results: Path):
@@ -225,9 +226,8 @@ def test_advantage_functions_have_a_page_of_their_own(results: Path):
 def fake_finals(env_id: str, name: str, means: tuple[float, ...], timesteps: int) -> None:
     for seed, mean in enumerate(means):
         content = dict(seed=seed, evaluations=[], timesteps=timesteps, seconds=9.0, final_returns=[mean - 1, mean + 1])
-        content |= dict(
-            algo=name, command=f"python -m benchmarks.learning --env {env_id} --seeds {seed} --every 9 --algo {name}"
-        )
+        command = f"python -m benchmarks.learning --env {env_id} --seeds {seed} --every 9 --algo {name} --jobs 2"
+        content |= dict(env=env_id, name=name, algo=name.rpartition("-")[2], command=command)
         common.write_json(learning.FOLDER / env_id / name / f"seed_{seed}.json", content)
 
 
@@ -270,18 +270,39 @@ def test_commands_of_the_same_options_and_seeds_are_one(results: Path):
         ("Swimmer-v5", "reinforce", 2),
         ("Hopper-v5", "trpo", 3),
         ("Hopper-v5", "a2c", 3),
-        ("CartPole-v1", "reinforce", 1),
+        ("CartPole-v1", "race-ppo", 1),
+        ("CartPole-v1", "race-a2c", 2),
+        ("CartPole-v1", "race-trpo", 2),
     ):
         fake_finals(env_id, name, (1.0,) * n_seeds, 1000)
     (results / "learning" / "Hopper-v5" / "a2c" / "seed_1.json").unlink()
     assert figures.commands().splitlines() == [
         "```",
-        "python -m benchmarks.learning --env CartPole-v1 --seeds 0 --every 9",
+        "python -m benchmarks.learning --env CartPole-v1 --algo ppo --name race-ppo --seeds 0 --every 9",
+        "python -m benchmarks.learning --env CartPole-v1 --algo a2c trpo --name race --seeds 0-1 --every 9",
         "python -m benchmarks.learning --env Hopper-v5 --algo a2c --seeds 0,2 --every 9",
         "python -m benchmarks.learning --env Hopper-v5 --algo trpo --seeds 0-2 --every 9",
         "python -m benchmarks.learning --env Hopper-v5 Swimmer-v5 --seeds 0-1 --every 9",
         "```",
     ]
+
+
+def test_the_commands_repeat_the_committed_results(results: Path, monkeypatch: pytest.MonkeyPatch):
+    committed = common.RESULTS / "learning"
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "FOLDER", committed)
+        _, *lines, _ = figures.commands().splitlines()
+    runs: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(
+        learning, "run_all", lambda _, jobs, __: runs.extend((env_id, name, seed) for _, name, env_id, seed, _ in jobs)
+    )
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", line.split()[2:])
+        learning.main()
+    paths = [path for path in committed.glob("*/*/*.json") if not path.parent.name.startswith(figures.ADVANTAGE)]
+    assert sorted(f"{env_id}/{name}/seed_{seed}.json" for env_id, name, seed in runs) == sorted(
+        path.relative_to(committed).as_posix() for path in paths
+    )
 
 
 @pytest.mark.parametrize("algo", ["a2c", "trpo"])
