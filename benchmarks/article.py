@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from benchmarks.common import IMAGES, PAGE, REFERENCE, RESULTS, fill, provenance, write_json
 from benchmarks.learning import make_model
-from sb3_reinforce.report.estimates import iqm
+from sb3_reinforce.tools.report.estimates import iqm
 
 ENV = "LunarLanderContinuous-v3"
 FOLDER = RESULTS / "article"

@@ -57,7 +57,11 @@ def images() -> gym.Env:
 
 
 def dictionaries() -> gym.Env:
-    entries = {"vector": spaces.Box(-1, 1, (4,)), "image": spaces.Box(0, 255, (36, 36, 1), np.uint8), "n": spaces.Discrete(3)}
+    entries: dict[str, spaces.Space] = {
+        "vector": spaces.Box(-1, 1, (4,)),
+        "image": spaces.Box(0, 255, (36, 36, 1), np.uint8),
+        "n": spaces.Discrete(3),
+    }
     return RandomWalk(spaces.Dict(entries), spaces.Box(-1, 1, (2,)))
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from benchmarks import where_figures
 from benchmarks.common import ADVANTAGES, IMAGES, PAGE, README, fill, read_folder
 from benchmarks.learning import FOLDER
-from sb3_reinforce.report.estimates import count, interval, iqm
 from sb3_reinforce.returns import AdvantageName
+from sb3_reinforce.tools.report.estimates import count, interval, iqm
 
 LANDER = "LunarLanderContinuous-v3"
 SOLVED = 200.0

@@ -38,8 +38,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_nor
 from benchmarks import common
 from benchmarks.common import RESULTS, provenance, run_all, write_json
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
-from sb3_reinforce.envpool import EnvPoolVecEnv
-from sb3_reinforce.vec_env import EpisodeVecEnv
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
+from sb3_reinforce.tools.envpool import EnvPoolVecEnv
 
 FOLDER = RESULTS / "learning"
 #: Seeds of environments count up from here for evaluations: those of training are below 2**31, plus the environment's index
@@ -151,14 +151,14 @@ def make_model(
         return model, dict(total_timesteps=timesteps or 1_000_000, callback=[])
     import rl_zoo3.exp_manager
 
-    import sb3_reinforce.zoo
+    import sb3_reinforce.tools.zoo
 
-    sb3_reinforce.zoo.register()
+    sb3_reinforce.tools.zoo.register()
     ours = algo in ("reinforce", "workers", "envpool")
     manager_class = rl_zoo3.exp_manager.ExperimentManager
     other_ways = contextlib.ExitStack()
     if algo == "workers":
-        other_ways.enter_context(mock.patch.dict(os.environ, {sb3_reinforce.zoo.WORKERS: "2"}))
+        other_ways.enter_context(mock.patch.dict(os.environ, {sb3_reinforce.tools.zoo.WORKERS: "2"}))
     elif algo == "envpool":
         other_ways.enter_context(mock.patch.object(manager_class, "create_envs", make_pool))
         # Batches as large as with the eight environments of the file, or the next larger ones

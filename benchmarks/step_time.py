@@ -20,7 +20,7 @@ from stable_baselines3 import A2C
 from benchmarks.common import IMAGES, RESULTS, provenance, write_json
 from benchmarks.throughput import LANDER, Nothing, make_model, vec_env
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.sampling import Actor
+from sb3_reinforce.episodes.acting import Actor
 
 N_STEPS = 12_000
 REPEATS = 5

@@ -41,10 +41,9 @@ from benchmarks.common import ADVANTAGES, IMAGES, RESULTS, fill, provenance, wri
 from benchmarks.throughput import Nothing
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.baselines import FEATURE_MAPS, ActionValues, LinearBaseline
-from sb3_reinforce.buffers import EpisodeRolloutBuffer
-from sb3_reinforce.losses import policy_gradient_loss
+from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.natural_gradient import flatten
-from sb3_reinforce.returns import action_advantages, monte_carlo_advantages, q_advantages, td_advantages
+from sb3_reinforce.returns import action_advantages, monte_carlo_advantages, policy_gradient_loss, q_advantages, td_advantages
 
 RESULT = RESULTS / "variance.json"
 #: Mean return of the last 20 training episodes at which training stops

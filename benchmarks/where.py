@@ -35,7 +35,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from benchmarks.common import RESULTS, provenance, run_all, write_json
 from benchmarks.learning import EVALUATION_SEED, evaluate, seeds
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.vec_env import EpisodeVecEnv
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 
 FOLDER = RESULTS / "where"
 

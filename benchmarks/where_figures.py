@@ -12,8 +12,8 @@ from scipy import stats
 
 from benchmarks import where
 from benchmarks.common import IMAGES, WHERE, fill, read_folder
-from sb3_reinforce.report.drawing import draw_evaluations
-from sb3_reinforce.report.estimates import estimate, interval, iqm, number
+from sb3_reinforce.tools.report.drawing import draw_evaluations
+from sb3_reinforce.tools.report.estimates import estimate, interval, iqm, number
 
 #: What the curves show, in which color
 COLORS = {

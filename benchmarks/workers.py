@@ -27,9 +27,9 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from benchmarks.common import IMAGES, RESULTS, SCALING, fill, provenance, write_json
 from benchmarks.throughput import LANDER, environment_alone, make_model
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.envpool import EnvPoolVecEnv
-from sb3_reinforce.jobs import run_episodes
-from sb3_reinforce.workers import make_job
+from sb3_reinforce.episodes.tasks import run_episodes
+from sb3_reinforce.episodes.workers import make_job
+from sb3_reinforce.tools.envpool import EnvPoolVecEnv
 
 BATCH = 4000
 N_THREADS = [1, 2, 4, 8, 16, 32, 64]

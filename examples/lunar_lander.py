@@ -31,14 +31,14 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
 
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, newest_checkpoint
-from sb3_reinforce.callbacks import restore_evaluations
+from sb3_reinforce.tools.checkpoints import restore_evaluations
 
 try:
     import imageio.v2 as imageio
     import imageio_ffmpeg  # noqa: F401
     from matplotlib.figure import Figure
 
-    from sb3_reinforce.report import write_report
+    from sb3_reinforce.tools.report.page import write_report
 except ImportError as error:
     raise SystemExit(f"{error}. Pictures, videos and reports need: pip install 'sb3-reinforce[report]'") from error
 

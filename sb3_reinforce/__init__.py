@@ -1,9 +1,12 @@
 """REINFORCE as a Stable-Baselines3 algorithm."""
 
-from sb3_reinforce.callbacks import AtomicCheckpointCallback, newest_checkpoint
+from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
+from sb3_reinforce.episodes.workers import EnvFactory
 from sb3_reinforce.natural_gradient import InverseTimeDecay
 from sb3_reinforce.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_reinforce.reinforce import REINFORCE
+from sb3_reinforce.tools.checkpoints import AtomicCheckpointCallback, newest_checkpoint, restore_evaluations
 
 __version__ = "0.1.0"
 
@@ -11,8 +14,12 @@ __all__ = [
     "REINFORCE",
     "AtomicCheckpointCallback",
     "CnnPolicy",
+    "EnvFactory",
+    "EpisodeRolloutBuffer",
+    "EpisodeVecEnv",
     "InverseTimeDecay",
     "MlpPolicy",
     "MultiInputPolicy",
     "newest_checkpoint",
+    "restore_evaluations",
 ]

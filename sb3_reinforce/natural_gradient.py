@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 from sb3_contrib.common.utils import conjugate_gradient_solver
 
-from sb3_reinforce.sampling import torch_seeded_from
+from sb3_reinforce.episodes.acting import torch_seeded_from
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def natural_direction(
 
 def length_of_divergence(
     divergence_at: Callable[[float], float], target: float, first: float, tolerance: float = 1e-3, max_evaluations: int = 30
-) -> float:
+) -> tuple[float, float]:
     """
     How long a step has to be for a divergence, which is close to quadratic in short lengths.
 
@@ -109,13 +109,13 @@ def length_of_divergence(
     :param first: length to try first, above 0. No step is longer than ten times this
     :param tolerance: relative error of the divergence
     :param max_evaluations: after so many, the longest step known to stay below the target has to do
-    :return: the length, which is the last one evaluated
+    :return: the length, which is the last one evaluated, and its divergence
     """
     low, high, length = 0.0, 10 * first, first
     for n in range(max_evaluations):
         divergence = divergence_at(length)
         if abs(divergence - target) <= tolerance * target:
-            return length
+            return length, divergence
         if divergence < target:
             low = length
         else:
@@ -124,5 +124,46 @@ def length_of_divergence(
         # Where the divergence is not that close to quadratic, the interval has to shrink for sure
         is_inside = low < factor * length < high and (n < 4 or n % 2 == 1)
         length = factor * length if is_inside else (low + high) / 2
-    divergence_at(low)
-    return low
+    return low, divergence_at(low)
+
+
+def natural_step(
+    parameters: Sequence[th.Tensor],
+    self_divergence: th.Tensor,
+    divergence: Callable[[], float],
+    target_kl: float,
+    damping: float,
+    max_steps: int,
+) -> float:
+    """
+    Take a step of a given divergence along the natural gradient, in place.
+
+    :param parameters: trained parameters, with the gradient of the loss, which is not all zero
+    :param self_divergence: scalar, see :func:`fisher_vector_product`
+    :param divergence: returns the mean divergence of the policy, as its parameters are, from that before the step; raises a
+        ValueError where it is not defined
+    :param target_kl: the divergence asked for, above 0
+    :param damping: see :func:`natural_direction`, as ``max_steps``
+    :return: the divergence reached
+    :raises ValueError: if no length of the step leaves the divergence finite
+    """
+    gradient = flatten(parameter.grad for parameter in parameters if parameter.grad is not None)
+    product = fisher_vector_product(self_divergence, parameters)
+    direction = natural_direction(-gradient, product, damping, max_steps)
+    curvature = direction @ product(direction)
+    start = flatten(parameters).detach()
+
+    def divergence_at(length: float) -> float:
+        assign(parameters, start + length * direction)
+        try:
+            return divergence()
+        except ValueError:
+            # The distributions are not defined any more
+            return math.inf
+
+    # To the second order, the divergence is half the squared length times the curvature
+    _, reached = length_of_divergence(divergence_at, target_kl, math.sqrt(2 * target_kl / max(curvature.item(), 1e-12)))
+    # PyTorch does not always check its distributions: after torch.compile, no process does
+    if not math.isfinite(reached):
+        raise ValueError("No step along the gradient leaves the policy finite")
+    return reached

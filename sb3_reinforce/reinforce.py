@@ -1,82 +1,59 @@
 """The REINFORCE algorithm."""
 
-import io
 import math
-import pathlib
 from collections import defaultdict
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from concurrent.futures import Executor
 from copy import copy
-from time import perf_counter
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import explained_variance
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sb3_reinforce.buffers import EpisodeBufferSamples, EpisodeRolloutBuffer
-from sb3_reinforce.callbacks import StepsProgressBar, release_signals
-from sb3_reinforce.checks import (
-    FILE_FORMAT,
-    check_hyperparameters,
-    check_policy_class,
-    check_scheduled,
-    check_spaces,
-    read_model_file,
-)
-from sb3_reinforce.losses import entropy_loss, kl_divergence, policy_gradient_loss
-from sb3_reinforce.natural_gradient import (
-    InverseTimeDecay,
-    assign,
-    fisher_vector_product,
-    flatten,
-    length_of_divergence,
-    natural_direction,
-)
+from sb3_reinforce.checks import check_hyperparameters
+from sb3_reinforce.episodes.acting import baseline_features, evaluate, explain_nan, overrides, torch_seeded_from
+from sb3_reinforce.episodes.algorithm import EpisodicAlgorithm
+from sb3_reinforce.episodes.buffer import EpisodeBufferSamples, EpisodeRolloutBuffer
+from sb3_reinforce.episodes.checks import check_scheduled
+from sb3_reinforce.episodes.normalization import normalizer_of
+from sb3_reinforce.episodes.schedule import update_rng
+from sb3_reinforce.episodes.vec_env import EnvSource
+from sb3_reinforce.natural_gradient import InverseTimeDecay, flatten, natural_step
 from sb3_reinforce.policies import (
     BaselineName,
     CnnPolicy,
     MlpPolicy,
     MultiInputPolicy,
     action_values_of,
-    baseline_features,
     chunk_size,
-    evaluate,
     install_critics,
-    normalizer_of,
-    overrides,
 )
-from sb3_reinforce.returns import AdvantageName, batch_normalize
-from sb3_reinforce.rollout import collect_episodes, environment_error, seed_next_episodes, seeds_episodes, skips_idle_envs
-from sb3_reinforce.sampling import explain_nan, torch_seeded_from, update_rng
-from sb3_reinforce.vec_env import EnvSource, EpisodeRunner, EpisodeSchedule, wrap_env
-from sb3_reinforce.workers import Workers, attach_workers, collect_from_workers
+from sb3_reinforce.returns import (
+    AdvantageName,
+    action_advantages,
+    batch_normalize,
+    discounted_returns,
+    entropy_loss,
+    kl_divergence,
+    monte_carlo_advantages,
+    policy_gradient_loss,
+    q_advantages,
+    td_advantages,
+)
 
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
-
-
-def clone(state: Any) -> Any:
-    """A copy of nested dictionaries and lists of tensors, in a tenth of the time of a deep copy."""
-    if isinstance(state, dict):
-        return {key: clone(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [clone(value) for value in state]
-    return state.clone() if isinstance(state, th.Tensor) else state
-
 
 #: The Fisher matrix is that of so many states of the batch at most: more take time, and do not learn sooner
 _FISHER_STATES = 256
 
 
-class REINFORCE(OnPolicyAlgorithm):
+class REINFORCE(EpisodicAlgorithm):
     """
     REINFORCE: Monte-Carlo policy gradients with a closed-form state-value baseline and normalized advantages.
 
@@ -120,7 +97,7 @@ class REINFORCE(OnPolicyAlgorithm):
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps of an episode when using gSDE; -1: only at its beginning
     :param rollout_buffer_class: Rollout buffer class to use, a subclass of
-        :class:`~sb3_reinforce.buffers.EpisodeRolloutBuffer`. If ``None``, that class itself
+        :class:`~sb3_reinforce.EpisodeRolloutBuffer`. If ``None``, that class itself
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param normalize_advantage: Whether to give the advantages of each batch mean 0 and standard deviation 1. Without it the
         learning rate has to suit the scale of the rewards
@@ -173,7 +150,7 @@ class REINFORCE(OnPolicyAlgorithm):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
-    rollout_buffer: EpisodeRolloutBuffer
+    _fixed_arguments = ("advantage", "baseline", "baseline_memory", "baseline_kwargs", "normalize_observations")
 
     def __init__(
         self,
@@ -211,14 +188,16 @@ class REINFORCE(OnPolicyAlgorithm):
     ):
         super().__init__(
             policy,
-            None,  # type: ignore[arg-type]  # see _attach_env
-            learning_rate=learning_rate,
-            n_steps=n_steps,  # type: ignore[arg-type]
+            env,
+            learning_rate,
+            n_steps,
+            n_episodes,
+            max_episode_steps,
+            bootstrap_timeouts,
+            workers,
+            episode_timeout,
             gamma=gamma,
-            gae_lambda=1.0,
             ent_coef=ent_coef,
-            vf_coef=0.0,
-            max_grad_norm=math.inf,
             use_sde=use_sde,
             sde_sample_freq=sde_sample_freq,
             rollout_buffer_class=rollout_buffer_class,
@@ -227,84 +206,30 @@ class REINFORCE(OnPolicyAlgorithm):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            device=device,
             seed=seed,
-            _init_setup_model=False,
+            device=device,
         )
-        check_policy_class(self.policy_class)
         self.target_kl = target_kl
         self.cg_max_steps = cg_max_steps
         self.cg_damping = cg_damping
         self.normalize_advantage = normalize_advantage
-        self.n_episodes = n_episodes
-        self.workers = workers
-        self.episode_timeout = episode_timeout
-        self.max_episode_steps = max_episode_steps
         self.advantage = advantage
         self.baseline = baseline
         self.baseline_memory = baseline_memory
         self.baseline_kwargs = baseline_kwargs or {}
-        self.bootstrap_timeouts = bootstrap_timeouts
         if normalize_observations is None:
             normalize_observations = issubclass(self.policy_class, MlpPolicy)
         self.normalize_observations = normalize_observations
-        # Number of the first episode of the next batch
-        self._next_episode = 0
-        # Updates since num_timesteps was 0
-        self._n_iterations = 0
-        #: Seed of all that is random in a run but the environments: ``seed``, or one that is drawn
-        self.run_seed: Any = seed
-        # What a file gets while a rollout or its update is on; what had been logged then, and not been written
-        self._rollout_start: dict[str, Any] | None = None
-        self._logged: dict[str, Any] = {}
-        self._has_told = False
-        self._running_workers: Workers | None = None
-        # By the clock, None before the first rollout of a call of learn()
-        self._rollout_end: float | None = None
-
-        if env is not None:
-            self._attach_env(env, policy)
-        elif _init_setup_model:
-            raise ValueError("env=None has no spaces to make a policy for: give an environment, or _init_setup_model=False")
         if _init_setup_model:
             self._setup_model()
-
-    def _attach_env(self, env: EnvSource, policy: str | type[BasePolicy]) -> None:
-        """Wrap and check the environment. SB3's own way refuses actions without bounds, which a Gaussian does not need."""
-        self.env = wrap_env(env, self.max_episode_steps, self.verbose)
-        self.observation_space = self.env.observation_space
-        self.action_space = self.env.action_space
-        self.n_envs = self.env.num_envs
-        self._vec_normalize_env = unwrap_vec_normalize(self.env)
-        check_spaces(self, policy)
-        attach_workers(self.workers, self.env)
-
-    def set_env(self, env: EnvSource, force_reset: bool = True) -> None:
-        """Learn from another environment, see SB3. In a callback, the rollout that is running ends in the one it began in."""
-        env = wrap_env(env, self.max_episode_steps, self.verbose)
-        attach_workers(self.workers, env)
-        super().set_env(env, force_reset)
 
     def _setup_model(self) -> None:
         if self.n_steps is None and self.n_episodes is None:
             self.n_episodes = 5
         check_hyperparameters(self)
-        self._setup_lr_schedule()
-        check_scheduled("learning_rate", self.lr_schedule(1.0), 1.0)
-        if self.run_seed is None:
-            self.run_seed = int(np.random.randint(2**31))
-        self.set_random_seed(self.seed)
-        self.file_format = FILE_FORMAT
-        self.rollout_buffer_class = self.rollout_buffer_class or EpisodeRolloutBuffer
-        self.rollout_buffer = self.rollout_buffer_class(  # type: ignore[assignment]
-            self.n_steps or 1024,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            gamma=self.gamma,
-            n_envs=self.n_envs,
-            **self.rollout_buffer_kwargs,
-        )
+        super()._setup_model()
+
+    def _make_policy(self) -> ActorCriticPolicy:
         is_own = issubclass(self.policy_class, MlpPolicy)
         action_values = self.advantage in ("q", "advantage")
         own_kwargs: dict[str, Any] = dict(
@@ -314,80 +239,38 @@ class REINFORCE(OnPolicyAlgorithm):
             normalize_observations=self.normalize_observations,
             action_values=action_values,
         )
-        # A seed that was drawn makes the same weights as one that is given, and leaves PyTorch's generator as it was
-        with th.random.fork_rng(devices=[], enabled=self.seed is None):
-            th.default_generator.manual_seed(self.run_seed)
-            policy = self.policy_class(
-                self.observation_space,
-                self.action_space,
-                self.lr_schedule,
-                use_sde=self.use_sde,
-                **(own_kwargs if is_own else {}),
-                **self.policy_kwargs,
-            )
+        policy = self.policy_class(
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            use_sde=self.use_sde,
+            **(own_kwargs if is_own else {}),
+            **self.policy_kwargs,
+        )
         assert isinstance(policy, ActorCriticPolicy)
         if not is_own:
             install_critics(policy, self.baseline, self.baseline_memory, self.baseline_kwargs, action_values)
-        self.policy = policy.to(self.device)
-        self._maybe_recommend_cpu("MlpPolicy")
+        return policy
 
-    def set_random_seed(self, seed: int | None = None) -> None:
-        """Seed the generators of Python, NumPy, PyTorch, the action space and the environments, and the episodes to come."""
-        super().set_random_seed(seed)
-        if seed is not None:
-            self.seed = self.run_seed = seed
-
-    def _next_schedule(self, n_rollout_steps: int | None) -> EpisodeSchedule:
-        min_transitions = (n_rollout_steps or 0) * self.n_envs
-        assert self.env is not None
-        seed = self.seed if seeds_episodes(self.env) else None
-        return EpisodeSchedule(self.n_envs, min_transitions, self.n_episodes or 0, self._next_episode, seed)
-
-    def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: EpisodeRolloutBuffer,  # type: ignore[override]
-        n_rollout_steps: int | None,
-    ) -> bool:
-        """
-        Collect whole episodes with the current policy, and compute their returns and advantages.
-
-        :param env: The training environment
-        :param callback: Callback that will be called at each step (and at the beginning and end of the rollout)
-        :param rollout_buffer: Buffer to fill with episodes
-        :param n_rollout_steps: Number of transitions to collect per environment, None to collect ``n_episodes`` episodes
-        :return: False if the callback ended the rollout before its time
-        """
-        self._num_timesteps_before_rollout = self.num_timesteps
-        self._rollout_start = dict(self._resume_point(), _last_obs=None)
-        self.logger.record("rollout/seed", self.run_seed, exclude="tensorboard")
-        if self._rollout_end is not None:
-            self.logger.record("time/between_rollouts", perf_counter() - self._rollout_end)
-        schedule = self._next_schedule(n_rollout_steps)
-        if self.workers is None:
-            is_complete = collect_episodes(self, callback, rollout_buffer, schedule, self.run_seed, self.bootstrap_timeouts)
-        else:
-            self._running_workers = self._running_workers or Workers(self.workers)
-            is_complete = collect_from_workers(
-                self, callback, rollout_buffer, schedule, self._running_workers, self.bootstrap_timeouts
-            )
-        self._rollout_end = perf_counter()
-        if not is_complete:
-            return False
-
-        values, action_values, features = rollout_buffer.values, None, None
-        if np.isnan(values).any():
+    def _compute_advantages(self) -> None:
+        """Compute the returns of the batch, and how much better each action was than expected."""
+        buffer, gamma = self.rollout_buffer, self.gamma
+        buffer.returns = discounted_returns(buffer.rewards, buffer.episode_starts, gamma)
+        critic = action_values_of(self.policy)
+        if critic is not None or np.isnan(buffer.values).any():
             features = self._baseline_features()
-            values = self.policy.value_net.predict(features).cpu().numpy().flatten()  # type: ignore[operator]
-        if (critic := action_values_of(self.policy)) is not None:
-            features = self._baseline_features() if features is None else features
-            action_values = critic.predict(features, self._actions()).cpu().numpy().flatten()
-        rollout_buffer.compute_returns_and_advantage(values, action_values, self.advantage)
-
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        return True
+            if np.isnan(buffer.values).any():
+                buffer.values = self.policy.value_net.predict(features).cpu().numpy().flatten()  # type: ignore[operator]
+            if critic is not None:
+                buffer.action_values = critic.predict(features, self._actions()).cpu().numpy().flatten()
+        if self.advantage == "monte_carlo":
+            buffer.advantages = monte_carlo_advantages(buffer.returns, buffer.values)
+        elif self.advantage == "td":
+            buffer.advantages = td_advantages(buffer.rewards, buffer.episode_starts, buffer.values, gamma)
+        elif self.advantage == "q":
+            buffer.advantages = q_advantages(buffer.action_values)
+        else:
+            buffer.advantages = action_advantages(buffer.action_values, buffer.values)
 
     def train(self) -> None:
         """
@@ -399,59 +282,28 @@ class REINFORCE(OnPolicyAlgorithm):
         """
         buffer, policy = self.rollout_buffer, self.policy
         self._refresh_optimizer()
-        advantage_std = float(buffer.advantages.std())
+        self.logger.record("train/n_updates", self._n_updates + 1, exclude="tensorboard")
+        self.logger.record("train/advantage_std", float(buffer.advantages.std()))
         if self.normalize_advantage:
             buffer.advantages = batch_normalize(buffer.advantages)
 
-        names = ("_n_updates", "_next_episode", "_n_iterations", "_rollout_start")
-        before = clone(self.get_parameters()), {name: getattr(self, name) for name in names}
-        try:
-            # The gradient of the loss over the whole batch, in train mode (this affects batch norm / dropout)
-            policy.set_training_mode(True)
-            policy.zero_grad()
-            losses: dict[str, float] = defaultdict(float)
-            with torch_seeded_from(update_rng(self.run_seed, self._n_updates), self.device):
-                for batch in self._batches():
-                    for name, part in self._add_gradient(batch).items():
-                        losses[name] += part * len(batch.returns) / buffer.size()
-            grad_norm = self._gradient_norm()
-            policy.set_training_mode(False)
-
-            # The step
-            old, _ = self._evaluate_batch()
-            if self.target_kl is None:
-                divergence, features = self._optimizer_step(old)
-            else:
-                divergence, features = self._natural_step(old)
+        with self._all_or_nothing():
+            self._compute_gradient()
+            old = self._distributions()
+            divergence = self._optimizer_step(old) if self.target_kl is None else self._natural_step(old)
+            if divergence is not None:
+                self.logger.record("train/kl_divergence_loss", divergence)
+            if hasattr(policy, "log_std"):
+                self.logger.record("train/std", th.exp(policy.log_std).mean().item())
 
             # The critics, in features as they are from now on
             if (normalizer := normalizer_of(policy)) is not None:
                 normalizer.update(buffer.observations)
-                features = self._baseline_features()
+            features = self._baseline_features()
             policy.value_net.fit(features.cpu().numpy(), buffer.returns)  # type: ignore[operator]
             if (critic := action_values_of(policy)) is not None:
                 critic.fit(features, self._actions(), buffer.returns)
-
-            self.logger.record("train/n_updates", self._n_updates + 1, exclude="tensorboard")
-            for name, value in losses.items():
-                self.logger.record(f"train/{name}", value)
-            self.logger.record("train/grad_norm", grad_norm)
-            if divergence is not None:
-                self.logger.record("train/kl_divergence_loss", divergence)
-            self.logger.record("train/advantage_std", advantage_std)
             self._log_critics()
-            if hasattr(policy, "log_std"):
-                self.logger.record("train/std", th.exp(policy.log_std).mean().item())
-
-            # At once: a file has either all or nothing of the update
-            n_episodes = int(buffer.episode_starts.sum())
-            after = (self._n_updates + 1, self._next_episode + n_episodes, self._n_iterations + 1, None)
-            self.__dict__.update(zip(names, after, strict=True))
-        except BaseException:
-            super().set_parameters(before[0])
-            self.__dict__.update(before[1])
-            policy.set_training_mode(False)
-            raise
 
     def _refresh_optimizer(self) -> None:
         """Let the optimizer have the parameters of the policy, if something has replaced them: others would learn nothing."""
@@ -490,85 +342,81 @@ class REINFORCE(OnPolicyAlgorithm):
 
     # Ctrl-C at an unlucky moment leaves PyTorch without gradients
     @th.enable_grad()
-    def _add_gradient(self, batch: EpisodeBufferSamples) -> dict[str, float]:
+    def _compute_gradient(self) -> None:
         """
-        Add what some transitions contribute to the gradient of the loss.
+        Compute the gradient of the loss over the whole batch, in train mode (this affects batch norm / dropout).
 
-        :return: the parts of their loss without coefficients
+        :raises ValueError: when it is not finite
         """
-        policy = self.policy
-        is_discrete = isinstance(self.action_space, spaces.Discrete)
-        actions = batch.actions.long().flatten() if is_discrete else batch.actions
-        with explain_nan():
-            if overrides(policy, "evaluate_actions"):
-                _, log_prob, entropy = policy.evaluate_actions(batch.observations, actions)
-            else:
-                distribution, _ = evaluate(policy, batch.observations)
-                log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
-        parts = dict(
-            policy_gradient_loss=policy_gradient_loss(log_prob, batch.advantages),
-            entropy_loss=entropy_loss(log_prob, entropy),
-        )
-        loss = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
-        (loss * len(batch.returns) / self.rollout_buffer.size()).backward()
-        return {name: part.item() for name, part in parts.items()}
-
-    def _gradient_norm(self) -> float:
-        """The norm of the gradient, or a ValueError if it is not finite."""
-        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
-        grad_norm = flatten(gradients).norm().item()
+        policy, losses = self.policy, defaultdict[str, float](float)
+        policy.set_training_mode(True)
+        policy.zero_grad()
+        with torch_seeded_from(update_rng(self.run_seed, self._n_updates), self.device):
+            for batch in self._batches():
+                weight = len(batch.returns) / self.rollout_buffer.size()
+                log_prob, entropy = self._evaluate_actions(batch)
+                parts = dict(
+                    policy_gradient_loss=policy_gradient_loss(log_prob, batch.advantages),
+                    entropy_loss=entropy_loss(log_prob, entropy),
+                )
+                loss = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
+                (loss * len(batch.returns) / self.rollout_buffer.size()).backward()
+                for name, part in parts.items():
+                    losses[name] += part.item() * weight
+        policy.set_training_mode(False)
+        grad_norm = flatten(parameter.grad for parameter in policy.parameters() if parameter.grad is not None).norm().item()
         if not math.isfinite(grad_norm):
             raise ValueError(
                 f"The gradient of update {self._n_updates + 1} is not finite: the step was not taken. Scale down what is too "
                 "large: rewards, observations or coefficients"
             )
-        return grad_norm
+        for name, value in losses.items():
+            self.logger.record(f"train/{name}", value)
+        self.logger.record("train/grad_norm", grad_norm)
 
-    def _evaluate_batch(self) -> tuple[list[Distribution], th.Tensor]:
-        """
-        :return: the distributions of the actions, part by part, in evaluation mode; and what the baseline is linear in,
-            (n_transitions, n_features), unless the observation statistics are still to change
-        """
-        distributions, features = [], []
+    def _evaluate_actions(self, batch: EpisodeBufferSamples) -> tuple[th.Tensor, th.Tensor | None]:
+        """:return: log-probabilities of the actions of some transitions, and the entropies of their distributions"""
+        is_discrete = isinstance(self.action_space, spaces.Discrete)
+        actions = batch.actions.long().flatten() if is_discrete else batch.actions
+        with explain_nan():
+            if overrides(self.policy, "evaluate_actions"):
+                return self.policy.evaluate_actions(batch.observations, actions)[1:]
+            distribution, _ = evaluate(self.policy, batch.observations)
+            return distribution.log_prob(actions), distribution.entropy()
+
+    def _distributions(self) -> list[Distribution]:
+        """The distributions of the actions in the states of the batch, part by part, in evaluation mode."""
         with th.no_grad(), explain_nan():
-            for batch in self._batches():
-                distribution, vf_features = evaluate(self.policy, batch.observations)
-                distributions.append(copy(distribution))
-                if normalizer_of(self.policy) is None:
-                    features.append(baseline_features(self.policy, batch.observations, vf_features))
-        return distributions, th.cat(features) if features else th.empty(0)
+            return [copy(evaluate(self.policy, batch.observations)[0]) for batch in self._batches()]
 
     def _baseline_features(self) -> th.Tensor:
         """(n_transitions, n_features) what the baseline is linear in, in the states of the batch."""
         with th.no_grad():
             return th.cat([baseline_features(self.policy, batch.observations) for batch in self._batches()])
 
-    def _divergence(self, old: list[Distribution]) -> tuple[float | None, th.Tensor]:
-        """
-        :param old: distributions of the actions before the step, see :meth:`_evaluate_batch`
-        :return: mean divergence from these, None if it has no closed form; and the features
-        """
-        new, features = self._evaluate_batch()
+    def _divergence(self, old: list[Distribution]) -> float | None:
+        """:return: mean divergence from distributions before the step, None if it has no closed form"""
+        new = self._distributions()
         try:
             with th.no_grad():
-                return th.cat([kl_divergence(*pair) for pair in zip(old, new, strict=True)]).mean().item(), features
+                return th.cat([kl_divergence(*pair) for pair in zip(old, new, strict=True)]).mean().item()
         except NotImplementedError:
-            return None, features
+            return None
 
-    def _optimizer_step(self, old: list[Distribution]) -> tuple[float | None, th.Tensor]:
-        """Take the optimizer's step at the learning rate. Arguments and results are those of :meth:`_divergence`."""
+    def _optimizer_step(self, old: list[Distribution]) -> float | None:
+        """Take the optimizer's step at the learning rate. The argument and the result are those of :meth:`_divergence`."""
         check_scheduled("learning_rate", self.lr_schedule(self._current_progress_remaining), self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
         self.policy.optimizer.step()
         try:
-            divergence, features = self._divergence(old)
+            divergence = self._divergence(old)
             if divergence is not None and not math.isfinite(divergence):
                 raise ValueError("The new policy is infinitely far from the old one")
         except ValueError as error:
             raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
-        return divergence, features
+        return divergence
 
-    def _natural_step(self, old: list[Distribution]) -> tuple[float | None, th.Tensor]:
+    def _natural_step(self, old: list[Distribution]) -> float | None:
         """Take a step of ``target_kl`` along the natural gradient. Arguments and results are those of :meth:`_divergence`."""
         schedule = self.target_kl
         time = self._n_updates if isinstance(schedule, InverseTimeDecay) else self._current_progress_remaining
@@ -576,36 +424,16 @@ class REINFORCE(OnPolicyAlgorithm):
         check_scheduled("target_kl", target_kl, self._current_progress_remaining)
         trained = (parameter for group in self.policy.optimizer.param_groups for parameter in group["params"])
         parameters = [parameter for parameter in trained if parameter.grad is not None]
-        gradient = flatten(parameter.grad for parameter in parameters)
-        if target_kl == 0 or not gradient.any():
+        if target_kl == 0 or not any(parameter.grad.any() for parameter in parameters):
             return self._divergence(old)
-
         try:
-            product = fisher_vector_product(self._self_divergence(), parameters)
+            divergence: Any = lambda: self._divergence(old)  # noqa: E731
+            return natural_step(parameters, self._self_divergence(), divergence, target_kl, self.cg_damping, self.cg_max_steps)
         except NotImplementedError as error:
             name = type(old[0]).__name__
             raise ValueError(f"The divergence of a {name} has no closed form: target_kl must be None with it") from error
-        direction = natural_direction(-gradient, product, self.cg_damping, self.cg_max_steps)
-        curvature = direction @ product(direction)
-        start = flatten(parameters).detach()
-        result: Any = None
-
-        def divergence_at(length: float) -> float:
-            nonlocal result
-            assign(parameters, start + length * direction)
-            try:
-                result = self._divergence(old)
-            except ValueError:
-                # The distributions are not defined any more
-                return math.inf
-            return result[0]
-
-        # To the second order, the divergence is half the squared length times the curvature
-        length_of_divergence(divergence_at, target_kl, math.sqrt(2 * target_kl / max(curvature.item(), 1e-12)))
-        # PyTorch does not always check its distributions: after torch.compile, no process does
-        if result is None or not math.isfinite(result[0]):
-            raise ValueError(f"Update {self._n_updates + 1} was undone: no step along its gradient leaves the policy finite")
-        return result
+        except ValueError as error:
+            raise ValueError(f"Update {self._n_updates + 1} was undone: {error}") from error
 
     @th.enable_grad()
     def _self_divergence(self) -> th.Tensor:
@@ -619,58 +447,6 @@ class REINFORCE(OnPolicyAlgorithm):
                 old = copy(evaluate(policy, states)[0])
             return kl_divergence(old, evaluate(policy, states)[0]).mean()
 
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        # Were the steps of the latest batch counted, as they are by SB3, a schedule would be past its beginning for the first
-        # update, and at its end for the last one, which with whole episodes may be the only one
-        super()._update_current_progress_remaining(self._num_timesteps_before_rollout, total_timesteps)
-
-    def _tell_limits(self) -> None:
-        """Say once if a run cannot be repeated, or be resumed exactly."""
-        reasons = []
-        if self.seed is None:
-            reasons.append(f"there is no seed for environments (weights and actions are those of seed={self.run_seed})")
-        assert self.env is not None
-        if not seeds_episodes(self.env):
-            reasons.append(f"a {type(self.env.unwrapped).__name__} does not seed each episode")
-        elif self.n_envs > 1 and not skips_idle_envs(self.env):
-            reasons.append(f"a {type(self.env).__name__} steps idle environments along")
-        if reasons and self.verbose >= 1 and not self._has_told:
-            print(f"Another run, or one resumed from a file, will not be the same to the last bit: {', and '.join(reasons)}")
-        self._has_told = True
-
-    def _setup_learn(
-        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
-    ) -> tuple[int, BaseCallback]:
-        if self.env is None:
-            raise ValueError("The model has no environment to learn from: give one to load() or set_env()")
-        attach_workers(self.workers, self.env)
-        if reset_num_timesteps:
-            self._last_obs = self._rollout_start = None
-            self._n_iterations = 0
-        is_reset, episode_env = self._last_obs is None, self.env.unwrapped
-        if is_reset:
-            seed_next_episodes(self.env, self._next_schedule(None))
-        try:
-            result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
-        except Exception as error:
-            if self._last_obs is None:
-                raise environment_error(self.env, error, "in reset()") from error
-            raise
-        if not reset_num_timesteps:
-            for name, (value, count, excluded) in self._logged.items():
-                # Files have lists for tuples
-                self.logger.record(name, value, tuple(excluded or ()))
-                self.logger.name_to_count[name] = count
-        self._logged = {}
-        self._tell_limits()
-        if isinstance(episode_env, EpisodeRunner):
-            if is_reset:
-                episode_env.owner = self
-        elif not is_reset:
-            # Others, an evaluation for instance, may have stepped the environments since the last rollout
-            self._last_episode_starts = np.zeros(self.n_envs, dtype=bool)
-        return result
-
     def learn(
         self: SelfREINFORCE,
         total_timesteps: int,
@@ -680,117 +456,4 @@ class REINFORCE(OnPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfREINFORCE:
-        if progress_bar:
-            given = callback if isinstance(callback, list) else [callback]
-            callback = [StepsProgressBar(), *(c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given if c)]
-        total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name)
-        # SB3 counts within each call: what is logged when would depend on how a run is divided into calls
-        iteration = self._n_iterations
-        try:
-            callback.on_training_start(locals(), globals())
-            assert self.env is not None
-            while self.num_timesteps < total_timesteps:
-                if not self.collect_rollouts(self.env, callback, self.rollout_buffer, n_rollout_steps=self.n_steps):
-                    break
-                self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                iteration = self._n_iterations + 1
-                if log_interval is not None and iteration % log_interval == 0:
-                    self.dump_logs(iteration)
-                self.train()
-        except BaseException:
-            # Callbacks do not hear of it
-            release_signals(callback)
-            raise
-        finally:
-            if self._running_workers is not None:
-                self._running_workers.close()
-                self._running_workers = None
-            self._rollout_end = None
-            self._logged = self._resume_point()["_logged"]
-        callback.on_training_end()
-        return self
-
-    def _resume_point(self) -> dict[str, Any]:
-        """What changes within a rollout and is saved, as it is now."""
-        logged = {}
-        if (logger := getattr(self, "_logger", None)) is not None:
-            for name, value in logger.name_to_value.items():
-                if isinstance(value, np.ScalarType) and not name.startswith("time/"):
-                    logged[name] = value, logger.name_to_count.get(name, 0), logger.name_to_excluded.get(name)
-        return dict(
-            num_timesteps=self.num_timesteps,
-            ep_info_buffer=copy(self.ep_info_buffer),
-            ep_success_buffer=copy(self.ep_success_buffer),
-            _logged=logged,
-        )
-
-    def _excluded_save_params(self) -> list[str]:
-        # The checkpoint callback includes the state of the logs
-        own = ["_rollout_start", "_rollout_end", "_has_told", "_log_state", "workers", "_running_workers"]
-        return [*super()._excluded_save_params(), *own]
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save all attributes and parameters in a zip-file, see SB3.
-
-        A rollout that is running, or was stopped, is not part of it, and its steps do not count as taken: loaded, the model
-        collects the same episodes again.
-        """
-        now = self.__dict__.copy()
-        point = self._rollout_start or self._resume_point()
-        self.__dict__.update(point)
-        try:
-            super().save(path, exclude, include)
-        finally:
-            self.__dict__.update({name: now[name] for name in point})
-
-    def set_parameters(
-        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
-    ) -> None:
-        """
-        Load parameters (of policy, baseline, observation statistics and optimizer) from a zip-file or a nested dictionary, see
-        SB3. If they do not fit, nothing is changed. Nothing in the file is executed: PyTorch reads weights only.
-        """
-        before = clone(self.get_parameters())
-        try:
-            super().set_parameters(load_path_or_dict, exact_match, device)
-        except Exception:
-            super().set_parameters(before)
-            raise
-
-    @classmethod
-    def load(
-        cls: type[SelfREINFORCE],
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: EnvSource | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> SelfREINFORCE:
-        """
-        Load the model from a zip-file, see SB3's ``BaseAlgorithm.load``.
-
-        ``load(path, env).learn(rest, reset_num_timesteps=False)`` continues a seeded run as if it had not been stopped: to the
-        last bit, on the same machine, on an :class:`~sb3_reinforce.vec_env.EpisodeVecEnv` that no wrapper steps along, with an
-        environment whose ``reset(seed=...)`` leaves nothing of earlier episodes. Other ``VecEnv`` are not seeded by episode:
-        there, training goes on with other episodes, as it does without a seed.
-
-        Loading a file can execute code that is hidden in it: its attributes are pickled. Of a file from someone else, load the
-        weights alone into a new model, by :meth:`set_parameters`.
-
-        :param path: path to the file (or a file-like) where to load the agent from
-        :param env: The environment to learn from, as in the constructor; None if the model is to predict only
-        :return: new model instance with loaded parameters
-        :raises ValueError: if the file is damaged or holds a model of another algorithm, if the spaces of the environment
-            are not those of the model, or if an argument asks for a baseline that is not the model's
-        """
-        changes = {**(kwargs.get("custom_objects") or {}), **kwargs}
-        content, saved = read_model_file(path, changes)
-        if env is not None:
-            env = wrap_env(env, changes.get("max_episode_steps", saved.get("max_episode_steps")), saved.get("verbose", 0))
-            attach_workers(changes.get("workers"), env)
-        return super().load(content, env, *args, **kwargs)
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

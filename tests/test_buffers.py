@@ -10,7 +10,7 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sb3_reinforce.buffers import EpisodeRolloutBuffer
+from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.returns import discounted_returns
 
 VECTOR = spaces.Box(-np.inf, np.inf, (2,))

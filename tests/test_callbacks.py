@@ -27,8 +27,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, callbacks, newest_checkpoint
-from sb3_reinforce.callbacks import StepsProgressBar, drop_events, write_atomically
-from sb3_reinforce.vec_env import EpisodeVecEnv
+from sb3_reinforce.episodes.algorithm import StepsProgressBar
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
+from sb3_reinforce.tools.checkpoints import drop_events, write_atomically
 from tests.envs import RandomLengthEnv, ScriptedEnv, subproc
 
 

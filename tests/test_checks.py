@@ -18,7 +18,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.checks import FILE_FORMAT, read_model_file
+from sb3_reinforce.episodes.files import FILE_FORMAT, read_model_file
 from tests.envs import ScriptedEnv
 
 # Arguments -------------------------------------------------------------------------------------------------------------------

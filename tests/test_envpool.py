@@ -16,9 +16,9 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.envpool import EnvPoolVecEnv
-from sb3_reinforce.rollout import EpisodeSource
-from sb3_reinforce.vec_env import EpisodeSchedule
+from sb3_reinforce.episodes.schedule import EpisodeSchedule
+from sb3_reinforce.episodes.source import EpisodeSource
+from sb3_reinforce.tools.envpool import EnvPoolVecEnv
 
 pytest.importorskip("envpool")
 

@@ -17,7 +17,7 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 
-from sb3_reinforce.losses import entropy_loss, kl_divergence, policy_gradient_loss
+from sb3_reinforce.returns import entropy_loss, kl_divergence, policy_gradient_loss
 
 numbers = st.floats(-100, 100, width=32)
 logits = st.floats(-5, 5, width=32)

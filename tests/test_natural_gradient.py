@@ -17,7 +17,6 @@ from stable_baselines3.common.distributions import (
 )
 from torch import nn
 
-from sb3_reinforce.losses import kl_divergence
 from sb3_reinforce.natural_gradient import (
     InverseTimeDecay,
     assign,
@@ -26,6 +25,7 @@ from sb3_reinforce.natural_gradient import (
     length_of_divergence,
     natural_direction,
 )
+from sb3_reinforce.returns import kl_divergence
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -25,14 +25,9 @@ from sb3_reinforce.baselines import (
     QuadraticFeatures,
     RandomFeatures,
 )
-from sb3_reinforce.policies import (
-    ObservationNormalizer,
-    action_values_of,
-    baseline_features,
-    chunk_size,
-    evaluate,
-    normalizer_of,
-)
+from sb3_reinforce.episodes.acting import baseline_features, evaluate
+from sb3_reinforce.episodes.normalization import ObservationNormalizer, normalizer_of
+from sb3_reinforce.policies import action_values_of, chunk_size
 from tests.envs import RandomEnv
 
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))

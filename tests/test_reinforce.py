@@ -31,9 +31,10 @@ from torch import nn
 import sb3_reinforce
 from sb3_reinforce import REINFORCE, MlpPolicy, policies, reinforce
 from sb3_reinforce.baselines import LinearBaseline
+from sb3_reinforce.episodes.acting import baseline_features
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from sb3_reinforce.natural_gradient import InverseTimeDecay
-from sb3_reinforce.policies import action_values_of, baseline_features
-from sb3_reinforce.vec_env import EpisodeVecEnv
+from sb3_reinforce.policies import action_values_of
 from tests.envs import RandomEnv, RandomLengthEnv, ScriptedEnv, Simulators
 
 LANDER = "LunarLanderContinuous-v3"

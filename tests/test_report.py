@@ -20,7 +20,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from torch.utils.tensorboard import SummaryWriter
 
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, report, zoo
-from sb3_reinforce.report import drawing, estimates, groups
+from sb3_reinforce.tools.report import drawing, estimates, groups
 
 ENV = "CartPole-v1"
 VOID = ("meta", "link", "br", "img", "input", "hr", "source")
@@ -337,7 +337,7 @@ def zoo_run(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in (folder / "tensorboard", folder / "checkpoints"):
         shutil.rmtree(path)
     (folder / "model.zip").unlink()
-    write_zoo_files(folder, "python -m sb3_reinforce.zoo train --env CartPole-v1")
+    write_zoo_files(folder, "python -m sb3_reinforce train --env CartPole-v1")
     return folder
 
 
@@ -350,7 +350,7 @@ def write_zoo_files(folder: Path, command: str, trained_agent: str = "", **confi
 
 
 def test_a_run_of_the_zoo(zoo_run: Path):
-    write_zoo_files(zoo_run, "python -m sb3_reinforce.zoo train --env CartPole-v1", env_kwargs=dict(max_episode_steps=60))
+    write_zoo_files(zoo_run, "python -m sb3_reinforce train --env CartPole-v1", env_kwargs=dict(max_episode_steps=60))
     # Another run's log, begun later
     later = Path("tb", ENV, "REINFORCE_2")
     page = Page(report.write_report([zoo_run]))
@@ -372,11 +372,11 @@ def test_a_run_of_the_zoo(zoo_run: Path):
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        ("/a/python -m sb3_reinforce.zoo train --env E --seed 77", "sb3-reinforce train --env E --seed 77"),
+        ("/a/python -m sb3_reinforce train --env E --seed 77", "sb3-reinforce train --env E --seed 77"),
         ("python3 /b/bin/sb3-reinforce train --env E --seed 7", "sb3-reinforce train --env E --seed 7 --seed 77"),
         ("python mine.py --env E", "python mine.py --env E --seed 77"),
         (
-            "python -m sb3_reinforce.zoo train -params policy:dict(net_arch=[16, 16], a=1) baseline:'linear' n:5",
+            "python -m sb3_reinforce train -params policy:dict(net_arch=[16, 16], a=1) baseline:'linear' n:5",
             "sb3-reinforce train -params 'policy:dict(net_arch=[16, 16], a=1)' 'baseline:'\"'\"'linear'\"'\"'' n:5 --seed 77",
         ),
         # Resumed from its own folder, and from a model of another

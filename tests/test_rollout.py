@@ -25,9 +25,10 @@ from stable_baselines3.common.vec_env import (
 from torch import nn
 
 from sb3_reinforce import REINFORCE, rollout
-from sb3_reinforce.rollout import EpisodeSource
-from sb3_reinforce.sampling import Actor, MlpActor, episode_rng, make_actor
-from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, episode_seed
+from sb3_reinforce.episodes.acting import Actor, MlpActor, make_actor
+from sb3_reinforce.episodes.schedule import EpisodeSchedule, episode_rng, episode_seed
+from sb3_reinforce.episodes.source import EpisodeSource
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from tests.envs import RandomLengthEnv, ScriptedEnv, Simulators, scripted, subproc
 
 #: A policy that is made in no time

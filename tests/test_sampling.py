@@ -23,21 +23,20 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_reinforce import REINFORCE, MlpPolicy, sampling
-from sb3_reinforce.sampling import (
+from sb3_reinforce.episodes.acting import (
     Actor,
     EpisodeNoise,
     MlpActor,
     all_finite,
     bernoulli_actions,
     categorical_actions,
-    episode_rng,
     make_actor,
     multi_categorical_actions,
     state_dependent_noise,
     torch_seeded_from,
-    update_rng,
     watch_modules,
 )
+from sb3_reinforce.episodes.schedule import episode_rng, update_rng
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (3, 2))
 ACTIONS: dict[str, spaces.Space] = {

@@ -22,7 +22,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.vec_env import EpisodeSchedule, EpisodeVecEnv, episode_seed
+from sb3_reinforce.episodes.schedule import EpisodeSchedule, episode_seed
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from tests.envs import RandomEnv, RandomLengthEnv, ScriptedEnv, Simulators, subproc
 
 VECTOR = spaces.Box(-1, 1, (3,))

@@ -28,11 +28,12 @@ from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 
 from sb3_reinforce import REINFORCE, jobs
-from sb3_reinforce.envpool import EnvPoolVecEnv
-from sb3_reinforce.jobs import Episode, Job, _make_env, _unpack, run_episodes
-from sb3_reinforce.ray import RayExecutor
-from sb3_reinforce.vec_env import EpisodeSchedule, episode_seed, wrap_env
-from sb3_reinforce.workers import MAX_TRIES, EnvFactory, Workers, attach_workers, make_job
+from sb3_reinforce.episodes.schedule import EpisodeSchedule, episode_seed
+from sb3_reinforce.episodes.tasks import Episode, Job, _make_env, _unpack, run_episodes
+from sb3_reinforce.episodes.vec_env import wrap_env
+from sb3_reinforce.episodes.workers import MAX_TRIES, EnvFactory, Workers, attach_workers, make_job
+from sb3_reinforce.tools.envpool import EnvPoolVecEnv
+from sb3_reinforce.tools.ray import RayExecutor
 from tests.envs import RandomEnv, RandomLengthEnv, ScriptedEnv, subproc
 from tests.executors import FakeExecutor, FakeRay
 

@@ -31,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from sb3_reinforce import REINFORCE, zoo
-from sb3_reinforce.vec_env import EpisodeVecEnv
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from tests.integration.common import assert_same_parameters
 
 ENV = "LunarLanderContinuous-v3"
@@ -61,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     # After the -params that SHORT ends with
     params = ["n_envs:4", "learning_rate:2e-3", "target_kl:0.02", "baseline:'quadratic'"]
     options = ["--eval-freq", "400", "--save-freq", "500", "-tb", "tensorboard", "-P", "--seed", "1"]
-    printed = python(folder, "-m", "sb3_reinforce.zoo", "train", "--env", ENV, *options, *SHORT, *params).stdout
+    printed = python(folder, "-m", "sb3_reinforce", "train", "--env", ENV, *options, *SHORT, *params).stdout
     return folder, printed
 
 
@@ -550,8 +550,8 @@ def test_own_script(tmp_path: Path):
     script = """
 import sys
 from rl_zoo3.train import train
-import sb3_reinforce.zoo
-sb3_reinforce.zoo.register()
+import sb3_reinforce.tools.zoo
+sb3_reinforce.tools.zoo.register()
 sys.argv = ["train", "--algo", "reinforce", "--env", "CartPole-v1", "-n", "100", "--eval-freq", "-1", "-params", "n_steps:20"]
 train()
 """
@@ -560,7 +560,7 @@ train()
 
 
 def test_says_what_to_install(tmp_path: Path):
-    script = "import sys; sys.modules['rl_zoo3'] = None; from sb3_reinforce.zoo import main; main()"
+    script = "import sys; sys.modules['rl_zoo3'] = None; from sb3_reinforce.tools.zoo import main; main()"
     process = subprocess.run([sys.executable, "-c", script, "train"], cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 1
     assert "pip install 'sb3-reinforce[zoo]'" in process.stderr
@@ -584,7 +584,7 @@ def test_search_space(env: str, n_actions: int):
 def test_two_processes_search_in_one_study(tmp_path: Path):
     options = ["--env", "CartPole-v1", "-n", "500", "--n-trials", "2", "--n-evaluations", "2", "--eval-episodes", "1"]
     study = ["--optimize-hyperparameters", "--no-optim-plots", "--storage", "study.log", "--study-name", "both"]
-    command = [sys.executable, "-m", "sb3_reinforce.zoo", "train", *options, *study]
+    command = [sys.executable, "-m", "sb3_reinforce", "train", *options, *study]
     processes = [
         subprocess.Popen([*command, "--seed", seed], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for seed in "12"
@@ -608,7 +608,7 @@ def test_wheel_has_the_hyperparameter_files(tmp_path: Path):
         for file in CONFIGS.iterdir():
             assert archive.read(f"sb3_reinforce/zoo_configs/{file.name}") == file.read_bytes()
         (entry_points,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert b"sb3-reinforce = sb3_reinforce.zoo:main" in archive.read(entry_points)
+        assert b"sb3-reinforce = sb3_reinforce.tools.zoo:main" in archive.read(entry_points)
         archive.extractall(tmp_path / "installed")
     script = "from sb3_reinforce import zoo; print(zoo.__file__, zoo.find_config(None))"
     installed = tmp_path / "installed" / "sb3_reinforce"

@@ -15,7 +15,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecVideoRecorder
 
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.vec_env import EpisodeVecEnv
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from tests.envs import subproc
 from tests.integration.common import Batches
 

@@ -15,7 +15,7 @@ import pytest
 import torch as th
 
 from sb3_reinforce import REINFORCE, newest_checkpoint
-from sb3_reinforce.checks import read_model_file
+from sb3_reinforce.episodes.files import read_model_file
 from tests.integration.common import assert_same, assert_same_parameters, random_env
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -26,7 +26,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_reinforce import REINFORCE, InverseTimeDecay
-from sb3_reinforce.vec_env import episode_seed
+from sb3_reinforce.episodes.schedule import episode_seed
 from tests.integration.common import CHOICE, PAIR, VECTOR, assert_same
 
 OBSERVATION_SPACES = dict(
@@ -477,7 +477,7 @@ class REINFORCEMachine(RuleBasedStateMachine):
         """
         before, n_steps, error = self.model.num_timesteps, self.world.n_steps, None
         try:
-            with patch("sb3_reinforce.rollout.ENDLESS_STEPS", 500):
+            with patch("sb3_reinforce.episodes.rollout.ENDLESS_STEPS", 500):
                 self.model.learn(total_timesteps, callback, log_interval, reset_num_timesteps=reset)  # type: ignore[arg-type]
         except errors as raised:
             error = raised

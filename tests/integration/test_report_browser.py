@@ -9,7 +9,7 @@ from typing import Any
 import lunar_lander
 import pytest
 
-from sb3_reinforce.report import write_report
+from sb3_reinforce.tools.report.page import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

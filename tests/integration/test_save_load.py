@@ -21,9 +21,9 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_reinforce import REINFORCE, CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_reinforce.buffers import EpisodeRolloutBuffer
+from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from sb3_reinforce.policies import action_values_of
-from sb3_reinforce.vec_env import EpisodeVecEnv
 from tests.envs import RandomEnv, subproc
 from tests.integration.common import (
     GRAY_IMAGE,

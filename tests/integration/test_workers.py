@@ -32,10 +32,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
 from sb3_reinforce import REINFORCE, MlpPolicy
-from sb3_reinforce.callbacks import AtomicCheckpointCallback, newest_checkpoint
-from sb3_reinforce.ray import RayExecutor
-from sb3_reinforce.vec_env import episode_seed, wrap_env
-from sb3_reinforce.workers import EnvFactory
+from sb3_reinforce.episodes.schedule import episode_seed
+from sb3_reinforce.episodes.vec_env import wrap_env
+from sb3_reinforce.episodes.workers import EnvFactory
+from sb3_reinforce.tools.checkpoints import AtomicCheckpointCallback, newest_checkpoint
+from sb3_reinforce.tools.ray import RayExecutor
 from tests.envs import RandomEnv, RandomLengthEnv
 from tests.integration.common import CHOICE, GRAY_IMAGE, PAIR, VECTOR, assert_same, assert_same_parameters
 
@@ -915,7 +916,7 @@ import sys
 from functools import partial
 from stable_baselines3.common.callbacks import ConvertCallback
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.callbacks import AtomicCheckpointCallback
+from sb3_reinforce.tools.checkpoints import AtomicCheckpointCallback
 from tests.integration.test_workers import Delayed
 
 if __name__ == "__main__":

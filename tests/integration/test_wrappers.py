@@ -28,8 +28,8 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.rollout import episode_seed
-from sb3_reinforce.vec_env import EpisodeVecEnv
+from sb3_reinforce.episodes.schedule import episode_seed
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from tests.envs import RandomEnv, scripted, subproc
 from tests.integration.common import (
     PAIR,

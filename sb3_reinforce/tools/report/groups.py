@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sb3_reinforce.report.estimates import estimate, interval, iqm
-from sb3_reinforce.report.runs import Run
+from sb3_reinforce.tools.report.estimates import estimate, interval, iqm
+from sb3_reinforce.tools.report.runs import Run
 
 
 @dataclass

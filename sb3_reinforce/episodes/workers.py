@@ -17,11 +17,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_reinforce.buffers import EpisodeRolloutBuffer
-from sb3_reinforce.checks import check_count
-from sb3_reinforce.jobs import Episode, Job, run_episodes, start_process
-from sb3_reinforce.rollout import endless_steps, log_rollout, skips_idle_envs, timeout_values
-from sb3_reinforce.vec_env import EpisodeRunner, EpisodeSchedule
+from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
+from sb3_reinforce.episodes.checks import check_count
+from sb3_reinforce.episodes.rollout import log_rollout, timeout_values
+from sb3_reinforce.episodes.schedule import EpisodeSchedule
+from sb3_reinforce.episodes.source import endless_steps, skips_idle_envs
+from sb3_reinforce.episodes.tasks import Episode, Job, run_episodes, start_process
+from sb3_reinforce.episodes.vec_env import EpisodeRunner
 
 #: A range of episodes whose worker has died is tried so many times.
 MAX_TRIES = 3
@@ -110,7 +112,7 @@ class Workers:
         :param schedule: says how many; episodes are counted in it when they are returned
         :return: a generator of episodes in the order of their numbers
         :raises RuntimeError: if workers die again and again
-        :raises Exception: what :func:`~sb3_reinforce.jobs.run_episodes` raises for an episode that is needed
+        :raises Exception: what :func:`~sb3_reinforce.episodes.tasks.run_episodes` raises for an episode that is needed
         """
         name, content = uuid.uuid4().hex, job.pack()
         tasks: deque[Task] = deque()
@@ -221,7 +223,7 @@ def collect_from_workers(
     bootstrap_timeouts: bool,
 ) -> bool:
     """
-    Fill a buffer with whole episodes that workers run, see :func:`~sb3_reinforce.rollout.collect_episodes`.
+    Fill a buffer with whole episodes that workers run, see :func:`~sb3_reinforce.episodes.rollout.collect_episodes`.
 
     The callback sees each step in its order, when the episode is over. What it changes of the policy acts from the next batch
     on.

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sb3_reinforce.callbacks import write_atomically
-from sb3_reinforce.report.drawing import draw_comparison, draw_run
-from sb3_reinforce.report.estimates import count, estimate, interval, number
-from sb3_reinforce.report.groups import group_runs
-from sb3_reinforce.report.runs import Run, read_run
+from sb3_reinforce.tools.checkpoints import write_atomically
+from sb3_reinforce.tools.report.drawing import draw_comparison, draw_run
+from sb3_reinforce.tools.report.estimates import count, estimate, interval, number
+from sb3_reinforce.tools.report.groups import group_runs
+from sb3_reinforce.tools.report.runs import Run, read_run
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -22,7 +22,7 @@ def render(runs: Sequence[Run]) -> str:
     :return: a page of HTML
     """
     options: Any = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env = Environment(loader=PackageLoader("sb3_reinforce.report", "."), extensions=["jinja2.ext.do"], **options)
+    env = Environment(loader=PackageLoader("sb3_reinforce.tools.report", "."), extensions=["jinja2.ext.do"], **options)
     env.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     env.globals |= dict(count=count, draw_run=draw_run, estimate=estimate, interval=interval, number=number, np=np, zip=zip)
     groups = group_runs(runs) if len(runs) > 1 else []

@@ -21,9 +21,10 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_reinforce.rollout import EpisodeSource
-from sb3_reinforce.sampling import Actor, EpisodeNoise, make_actor
-from sb3_reinforce.vec_env import EpisodeSchedule, wrap_env
+from sb3_reinforce.episodes.acting import Actor, EpisodeNoise, make_actor
+from sb3_reinforce.episodes.schedule import EpisodeSchedule
+from sb3_reinforce.episodes.source import EpisodeSource
+from sb3_reinforce.episodes.vec_env import wrap_env
 
 
 class Episode(NamedTuple):
@@ -105,7 +106,7 @@ def run_episodes(job_name: str, content: bytes, first: int, n_episodes: int) -> 
     :param n_episodes: how many
     :return: the episodes, those before the first that has failed if it was not the first of all: the batch may not need that
         one, and asks for it again if it does
-    :raises ValueError: if something is NaN or infinite, see :class:`~sb3_reinforce.rollout.EpisodeSource`
+    :raises ValueError: if something is NaN or infinite, see :class:`~sb3_reinforce.episodes.source.EpisodeSource`
     :raises RuntimeError: for everything else. Others may not survive being sent
     """
     episodes: list[Episode] = []

@@ -22,25 +22,17 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
     StateDependentNoiseDistribution,
 )
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import nn
 
-from sb3_reinforce.policies import baseline_features, evaluate, normalizer_of, overrides
+from sb3_reinforce.episodes.normalization import normalizer_of
+from sb3_reinforce.episodes.schedule import episode_rng
 
 Observations = np.ndarray | dict[str, np.ndarray]
-
-
-def episode_rng(seed: int, number: int) -> np.random.Generator:
-    """Generator of the noise of the actions of an episode, from the model's seed and the episode's number."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, 1)))
-
-
-def update_rng(seed: int, n_updates: int) -> np.random.Generator:
-    """Generator of what is random in an update (dropout), from the model's seed and the number of updates before it."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n_updates, 2)))
 
 
 def categorical_actions(logits: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -155,6 +147,38 @@ class EpisodeNoise:
                 self._matrices[env_idx] = scale * self.rngs[env_idx].standard_normal(scale.shape, dtype=np.float32)
             self._ages[env_idx] = age + 1
         return np.stack(self._matrices)
+
+
+def overrides(policy: BasePolicy, *names: str) -> bool:
+    """Whether a policy (compiled or not) has one of some methods from a class outside of this package and SB3."""
+    classes = type(getattr(policy, "_orig_mod", policy)).__mro__
+    foreign = [cls for cls in classes if not cls.__module__.startswith(("sb3_reinforce.", "stable_baselines3.", "torch."))]
+    return any(name in vars(cls) for cls in foreign for name in names)
+
+
+def evaluate(policy: ActorCriticPolicy, obs: PyTorchObs) -> tuple[Distribution, th.Tensor]:
+    """
+    Look at observations once, as SB3's ``evaluate_actions`` does before it comes to the actions.
+
+    :param policy: the policy
+    :param obs: (n, ...) tensor, or a dictionary of these
+    :return: the distribution of the actions (a policy has one object for all of them), and the extracted features of the
+        critic
+    """
+    features: Any = policy.extract_features(obs)
+    pi_features, vf_features = (features, features) if policy.share_features_extractor else features
+    if overrides(policy, "get_distribution"):
+        return policy.get_distribution(obs), vf_features
+    # Private, but what custom policies override, and the only way from the latent code to the distribution
+    return policy._get_action_dist_from_latent(policy.mlp_extractor.forward_actor(pi_features)), vf_features
+
+
+def baseline_features(policy: ActorCriticPolicy, obs: PyTorchObs, vf_features: Any = None) -> th.Tensor:
+    """What the baseline is linear in, (n, n_features); ``vf_features`` are those of :func:`evaluate`, None if not known."""
+    if vf_features is None:
+        features: Any = policy.extract_features(obs)
+        vf_features = features if policy.share_features_extractor else features[1]
+    return policy.value_net.project(policy.mlp_extractor.forward_critic(vf_features))  # type: ignore[operator]
 
 
 class Actor:

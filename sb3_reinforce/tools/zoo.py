@@ -1,10 +1,10 @@
 """
 RL Zoo: its own commands, with ``reinforce`` among the algorithms.
 
-    python -m sb3_reinforce.zoo train --env LunarLanderContinuous-v3     # or: sb3-reinforce train ...
-    python -m sb3_reinforce.zoo enjoy --env LunarLanderContinuous-v3
-    python -m sb3_reinforce.zoo train --env LunarLanderContinuous-v3 -i logs/reinforce/LunarLanderContinuous-v3_1   # goes on
-    python -m sb3_reinforce.zoo train --env LunarLanderContinuous-v3 --workers 4
+    python -m sb3_reinforce train --env LunarLanderContinuous-v3     # or: sb3-reinforce train ...
+    python -m sb3_reinforce enjoy --env LunarLanderContinuous-v3
+    python -m sb3_reinforce train --env LunarLanderContinuous-v3 -i logs/reinforce/LunarLanderContinuous-v3_1   # goes on
+    python -m sb3_reinforce train --env LunarLanderContinuous-v3 --workers 4
 
 A script of your own calls :func:`register` before it calls rl_zoo3.
 """
@@ -33,17 +33,17 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
-from sb3_reinforce.callbacks import (
+from sb3_reinforce.episodes.algorithm import StepsProgressBar
+from sb3_reinforce.episodes.files import read_model_file
+from sb3_reinforce.episodes.vec_env import EpisodeVecEnv, wrap_env
+from sb3_reinforce.episodes.workers import EnvFactory
+from sb3_reinforce.reinforce import REINFORCE
+from sb3_reinforce.tools.checkpoints import (
     AtomicCheckpointCallback,
-    StepsProgressBar,
     newest_checkpoint,
     restore_evaluations,
     statistics_path,
 )
-from sb3_reinforce.checks import read_model_file
-from sb3_reinforce.reinforce import REINFORCE
-from sb3_reinforce.vec_env import EpisodeVecEnv, wrap_env
-from sb3_reinforce.workers import EnvFactory
 
 ALGO = "reinforce"
 _DEFAULTS = ["--algo", ALGO, "--folder", "logs"]
@@ -204,7 +204,7 @@ class Experiments(_Base):
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether a file is named as those of :class:`~sb3_reinforce.callbacks.AtomicCheckpointCallback` are."""
+    """Whether a file is named as those of :class:`~sb3_reinforce.tools.checkpoints.AtomicCheckpointCallback` are."""
     return re.fullmatch(r"checkpoint_\d+_steps\.zip", os.path.basename(path)) is not None
 
 
@@ -240,7 +240,7 @@ def find_config(name: str | None) -> str:
         for the latter
     :return: the path or module for rl_zoo3 to read
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     # A build puts the files inside the package, a checkout has them beside it
     folder = next(path for path in (package / "zoo_configs", package.parent / "zoo_configs") if path.is_dir())
     if name is None:
@@ -304,7 +304,7 @@ def _patch_subprocesses(with_ffmpeg: bool = False) -> Iterator[None]:
     def start(command: Any, *args: Any, **kwargs: Any) -> int:
         for known, ours in commands.items():
             if tuple(command[: len(known)]) == known:
-                command = [sys.executable, "-m", "sb3_reinforce.zoo", ours, *command[len(known) :]]
+                command = [sys.executable, "-m", "sb3_reinforce.tools.zoo", ours, *command[len(known) :]]
         return call(command, *args, **kwargs)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -353,7 +353,7 @@ def main() -> None:
     try:
         if arguments.command == "report":
             # It needs no rl_zoo3
-            importlib.import_module("sb3_reinforce.report").main(arguments.options)
+            importlib.import_module("sb3_reinforce.tools.report").main(arguments.options)
             return
         register()
     except ImportError as error:

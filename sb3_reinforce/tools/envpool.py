@@ -12,8 +12,9 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_reinforce.checks import check_integer
-from sb3_reinforce.vec_env import EpisodeRunner, EpisodeSchedule, episode_seed
+from sb3_reinforce.episodes.checks import check_integer
+from sb3_reinforce.episodes.schedule import EpisodeSchedule, episode_seed
+from sb3_reinforce.episodes.vec_env import EpisodeRunner
 
 #: Options of ``envpool.make`` that are set here: with others, a pool is asynchronous or not one of Gymnasium's environments.
 _RESERVED = ("num_envs", "env_seed", "env_type", "batch_size", "max_num_players", "gym_reset_return_info")

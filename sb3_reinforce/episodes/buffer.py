@@ -11,15 +11,6 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.type_aliases import TensorDict
 
-from sb3_reinforce.returns import (
-    AdvantageName,
-    action_advantages,
-    discounted_returns,
-    monte_carlo_advantages,
-    q_advantages,
-    td_advantages,
-)
-
 _NOT_FINISHED = "The rollout is not finished: there are no whole episodes to learn from"
 
 
@@ -51,7 +42,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
     """
 
     observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]
-    action_values: np.ndarray | None
+    action_values: np.ndarray
 
     def __init__(
         self,
@@ -164,27 +155,6 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         self.observations = observations if isinstance(self.observation_space, spaces.Dict) else observations[""]
         self.returns, self.advantages = np.zeros((2, len(self.rewards)))
         self.full = True
-
-    def compute_returns_and_advantage(  # type: ignore[override]
-        self, values: np.ndarray, action_values: np.ndarray | None = None, advantage: AdvantageName = "monte_carlo"
-    ) -> None:
-        """
-        Compute the Monte-Carlo returns, and how much better each action was than expected.
-
-        :param values: (n_transitions,) baseline of each observation
-        :param action_values: (n_transitions,) values of the actions taken, for "q" and "advantage"
-        :param advantage: the advantage function, see :mod:`sb3_reinforce.returns`
-        """
-        self.values, self.action_values = values, action_values
-        self.returns = discounted_returns(self.rewards, self.episode_starts, self.gamma)
-        if advantage == "monte_carlo":
-            self.advantages = monte_carlo_advantages(self.returns, values)
-        elif advantage == "td":
-            self.advantages = td_advantages(self.rewards, self.episode_starts, values, self.gamma)
-        else:
-            assert action_values is not None, f"advantage={advantage!r} needs action values"
-            is_q = advantage == "q"
-            self.advantages = q_advantages(action_values) if is_q else action_advantages(action_values, values)
 
     def size(self) -> int:
         """Number of transitions; of steps of all environments while the rollout lasts."""

@@ -19,9 +19,9 @@ import yaml
 from gymnasium import registry
 from stable_baselines3.common.monitor import LoadMonitorResultsError, get_monitor_files, load_results
 
-from sb3_reinforce.checks import read_model_file
+from sb3_reinforce.episodes.files import read_model_file
 from sb3_reinforce.reinforce import REINFORCE
-from sb3_reinforce.report.estimates import interval
+from sb3_reinforce.tools.report.estimates import interval
 
 #: Arguments of REINFORCE that do not change what is learned, and two that are shown elsewhere
 _NO_SETTINGS = ("policy", "seed", "tensorboard_log", "verbose", "device")
@@ -216,7 +216,7 @@ def _zoo_command(text: str, run: Run) -> str:
             words[-1] += f" {word}"
         else:
             words.append(word)
-    if words[1:3] == ["-m", "sb3_reinforce.zoo"] or Path(words[1]).name == "sb3-reinforce":
+    if words[1:3] == ["-m", "sb3_reinforce"] or Path(words[1]).name == "sb3-reinforce":
         words = ["sb3-reinforce", *words[words.index("train") :]]
     arguments = yaml.load(next(run.folder.glob("*/args.yml")).read_text(encoding="utf-8"), _ZooLoader)
     for option in {"-i", "--trained-agent"}.intersection(words):

@@ -1,4 +1,4 @@
-"""Checkpoints from which training goes on as if it had not stopped, and a progress bar that knows of idle environments."""
+"""Checkpoints from which training goes on as if it had not stopped."""
 
 import glob
 import io
@@ -15,23 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import TensorBoardOutputFormat
 
-from sb3_reinforce.checks import check_count, read_model_file
-
-
-class StepsProgressBar(ProgressBarCallback):
-    """SB3's progress bar, moved by the steps that were taken: not every member of an ``EpisodeVecEnv`` takes each one."""
-
-    def _on_training_start(self) -> None:
-        super()._on_training_start()
-        self._n_shown: int = self.model.num_timesteps
-
-    def _on_step(self) -> bool:
-        self.pbar.update(self.num_timesteps - self._n_shown)
-        self._n_shown = self.num_timesteps
-        return True
+from sb3_reinforce.episodes.checks import check_count
+from sb3_reinforce.episodes.files import read_model_file
 
 
 class AtomicCheckpointCallback(BaseCallback):
@@ -306,15 +294,6 @@ def _file_monitors(env: Any) -> Iterator[Any]:
 
 def _tensorboard_outputs(logger: Any) -> list[TensorBoardOutputFormat]:
     return [output for output in logger.output_formats if isinstance(output, TensorBoardOutputFormat)]
-
-
-def release_signals(callback: Any) -> None:
-    """Let signals do what they did before training, wherever among callbacks an :class:`AtomicCheckpointCallback` is."""
-    if isinstance(callback, AtomicCheckpointCallback):
-        callback.release_signals()
-    for inner in [*getattr(callback, "callbacks", []), getattr(callback, "callback", None)]:
-        if isinstance(inner, BaseCallback):
-            release_signals(inner)
 
 
 def _checkpoints(folder: Path, name_prefix: str) -> list[tuple[int, Path]]:

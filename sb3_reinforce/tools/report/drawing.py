@@ -13,9 +13,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from sb3_reinforce.report.estimates import count, interval, iqm, number
-from sb3_reinforce.report.groups import Group
-from sb3_reinforce.report.runs import Run
+from sb3_reinforce.tools.report.estimates import count, interval, iqm, number
+from sb3_reinforce.tools.report.groups import Group
+from sb3_reinforce.tools.report.runs import Run
 
 #: After Okabe and Ito, with a contrast of at least 3 on white and on black
 COLORS = ("#2b84c8", "#d55e00", "#009e73", "#cc79a7")

@@ -6,8 +6,8 @@ says what is not. It is one file that needs no network and no JavaScript. The sa
 """
 
 try:
-    from sb3_reinforce.report.page import main, render, write_report
-    from sb3_reinforce.report.runs import Run, read_run
+    from sb3_reinforce.tools.report.page import main, render, write_report
+    from sb3_reinforce.tools.report.runs import Run, read_run
 except ImportError as error:
     raise ImportError(f"{error}. Reports need: pip install 'sb3-reinforce[report]'") from error
 
