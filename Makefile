@@ -1,5 +1,5 @@
-# `make train` and `make test` need nothing but Python 3.10 or newer: both make the environment .venv first.
-# Every path here is relative, so the folder's own path may have spaces in it.
+# `make train` and `make test` only need Python: both create the environment .venv first.
+# All paths are relative, because the path of the repository may contain spaces.
 
 PYTHON ?= python3
 ARGS ?=
@@ -14,52 +14,50 @@ STAMP := $(VENV)/.installed
 .PHONY: help train test test-lowest test-extras slow docs dist smoke article throughput peers format clean
 
 help:
-	@echo "make train    train on LunarLanderContinuous-v3 and show what came out; options with ARGS=\"...\""
-	@echo "make test     lint, types and the fast tests"
-	@echo "make test-lowest  the fast tests with the lowest versions that pyproject.toml admits, in an environment of its own"
-	@echo "make test-extras  the tests of EnvPool and Ray, which it installs: a gigabyte (Python 3.11 or newer)"
-	@echo "make slow     the tests that train for minutes"
-	@echo "make docs     the documentation, in docs/_build/html; runs the notebook (half a minute)"
-	@echo "make dist     what a release consists of, in dist/, and checks it"
-	@echo "make smoke    the wheel in an environment of its own: example, zoo train and enjoy from another folder"
-	@echo "make article  five seeds of the article's recipe against the article's code (a few minutes)"
-	@echo "make throughput  steps a second beside peers and the environment alone (ten minutes)"
-	@echo "make peers    an environment of its own for the peers that are not installed here"
-	@echo "make format   format the code and fix what the linter can fix"
-	@echo "make clean    remove the environment, caches and builds (runs/ stays)"
+	@echo "make train    train on LunarLanderContinuous-v3; pass options with ARGS=\"...\""
+	@echo "make test     lint, type checks and fast tests"
+	@echo "make test-lowest  fast tests with the lowest versions that pyproject.toml allows"
+	@echo "make test-extras  tests of EnvPool and Ray; installs both (large)"
+	@echo "make slow     tests that train for minutes"
+	@echo "make docs     documentation, in docs/_build/html; runs the notebook"
+	@echo "make dist     build and check the packages of a release, in dist/"
+	@echo "make smoke    install the wheel in a new environment and run the example and RL Zoo"
+	@echo "make article  compare the article's recipe with the article's code, five seeds"
+	@echo "make throughput  compare the speed with other libraries and the environment alone"
+	@echo "make peers    create the environment of the peer libraries"
+	@echo "make format   format the code and apply automatic fixes"
+	@echo "make clean    remove environments, caches and builds (keeps runs/)"
 	@echo
-	@echo "The environment is made in $(VENV) with PYTHON=$(PYTHON) when it is missing, and refreshed when"
-	@echo "constraints.txt or pyproject.toml change. For another Python: make clean, then make test PYTHON=python3.12"
+	@echo "The environment $(VENV) is created with PYTHON=$(PYTHON) if it is missing, and updated when"
+	@echo "constraints.txt or pyproject.toml changes. To use another Python: make clean, then make test PYTHON=python3.12"
 
-# The stamp gets the time at which the installation began and its name only when all of it is done: neither an
-# interrupted installation nor a file that changed during it is taken for done. PyTorch goes first and alone, so that
-# one that is found locally or in an extra index is chosen before anything else asks for it.
+# The stamp has the time at which the installation started, and is renamed when it is complete: an interrupted installation, or
+# a file that changes meanwhile, triggers a new one. PyTorch is installed first, so that pip prefers a local or extra index.
 $(STAMP): constraints.txt pyproject.toml
 	@rm -f $(STAMP)
 	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
-		echo "Making the environment $(VENV) with $(PYTHON)"; \
-		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sb3-reinforce needs Python 3.10 or newer")' && \
+		echo "Creating the environment $(VENV) with $(PYTHON)"; \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sb3-reinforce needs Python 3.11 or newer")' && \
 		"$(PYTHON)" -m venv --clear $(VENV); \
 	fi
 	@touch $(STAMP).part
-	@echo "Installing the pinned packages into $(VENV): this takes a minute or two"
+	@echo "Installing the pinned packages into $(VENV)"
 	@$(PIP) install -q -c constraints.txt torch
 	@$(PIP) install -q -c constraints.txt -e '.[dev,plots]'
 	@mv $(STAMP).part $(STAMP)
 
-# One thread for NumPy: on busy cores, more wait for each other
+# Use one thread for NumPy: several threads slow each other down on busy cores
 train: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) examples/lunar_lander.py $(ARGS)
 
-# One thread for PyTorch in each of the two test processes: more only get in each other's way
+# Use one thread per test process
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy sb3_reinforce benchmarks examples
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-# The lowest versions that pyproject.toml admits, for Python 3.10 and 3.11. PyTorch alone keeps its pin: older builds for Linux
-# bring gigabytes of CUDA, and its range is SB3's
+# PyTorch keeps its pin: SB3 determines its range, and older Linux builds install CUDA
 LOWEST := .venv-lowest
 test-lowest: constraints.txt pyproject.toml
 	"$(PYTHON)" -m venv --clear $(LOWEST)
@@ -76,12 +74,12 @@ test-extras: $(STAMP)
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)
 
-# A warning is an error. `make test` builds them in the same way
+# Warnings are errors, as in `make test`
 docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m sphinx -b html -W --keep-going docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
-# In an environment of its own: few need what uploads a release
+# Use a separate environment for the packaging tools
 RELEASE := .venv-release
 dist: constraints.txt pyproject.toml
 	"$(PYTHON)" -m venv --clear $(RELEASE)
