@@ -1,7 +1,7 @@
-"""Scripts that make every figure and picture of this project. All run on one thread: networks of this size are fastest so."""
+"""Scripts that generate the results, tables and figures of this project. They use one thread: the networks are small."""
 
 import os
 
-# Before NumPy and PyTorch are imported, which read them then
+# NumPy and PyTorch read these variables when they are imported
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")

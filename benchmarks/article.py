@@ -1,12 +1,11 @@
 """
-The article's recipe on LunarLanderContinuous-v3, against a run of the article's own code.
+Compare the article's recipe on LunarLanderContinuous-v3 with a run of the article's own code.
 
     python -m benchmarks.article --jobs 2
 
-trains one model a seed with ``zoo_configs/article.yml``, writes ``results/article/seed_K.json`` (one entry a batch: steps,
-seconds, mean return, episodes), skips the seeds that are there already, plots them all beside
-``reference/article_seed0.csv`` into ``docs/images/article.png`` (return against steps and against seconds, and episodes in a
-batch against steps), and says in docs/benchmarks.md how they compare.
+Train one model per seed with ``zoo_configs/article.yml`` and write ``results/article/seed_K.json`` (steps, seconds, mean
+return and number of episodes of each batch). Existing seeds are skipped. Then plot all seeds and
+``reference/article_seed0.csv`` to ``docs/images/article.png``, and update the comparison in docs/benchmarks.md.
 """
 
 import argparse
@@ -28,12 +27,12 @@ ENV = "LunarLanderContinuous-v3"
 FOLDER = RESULTS / "article"
 FIGURE = IMAGES / "article.png"
 TIMESTEPS = 1_200_000
-#: Ticks of the axis of episodes
+#: Ticks of the axis with the episodes per batch
 EPISODES = (4, 8, 16, 32)
 
 
 class Batches(BaseCallback):
-    """Mean return and number of episodes of each batch, as in the reference."""
+    """Record the mean return and the number of episodes of each batch, as in the reference."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +64,7 @@ def run(seed: int, timesteps: int) -> None:
 
 
 def smoothed(values: np.ndarray, window: int = 25) -> np.ndarray:
-    """Mean over the last ``window`` batches (over those there are, at the beginning)."""
+    """Average over the last ``window`` batches (fewer at the beginning)."""
     sums = np.cumsum(np.insert(values, 0, 0.0))
     ends = np.arange(1, len(values) + 1)
     begins = np.maximum(ends - window, 0)
@@ -73,7 +72,7 @@ def smoothed(values: np.ndarray, window: int = 25) -> np.ndarray:
 
 
 def read_runs() -> list[dict[str, np.ndarray]]:
-    """What is known of each batch up to ``TIMESTEPS``, by name: of the reference, then of each seed."""
+    """Read the statistics of each batch up to ``TIMESTEPS``, by name: first the reference, then each seed."""
     with open(REFERENCE / "article_seed0.csv") as file:
         runs: list[Any] = [list(csv.DictReader(file))]
     runs += [json.loads(path.read_text())["batches"] for path in sorted(FOLDER.glob("seed_*.json"))]
@@ -96,12 +95,12 @@ def plot(runs: list[dict[str, np.ndarray]]) -> None:
             axes.plot(run[x], smoothed(run[y]), color="tab:blue", alpha=0.7)
         axes.lines[0].set_label(f"sb3-reinforce, {len(runs) - 1} seeds")
         axes.plot(runs[0][x], smoothed(runs[0][y]), color="black", label="the article's own code, one seed")
-        axes.set(xlabel=x, ylabel="return, mean of 25 batches")
+        axes.set(xlabel=x, ylabel="return (mean of 25 batches)")
     for axes in panels[:2]:
         axes.axhline(200, color="gray", linestyle=":", label="solved")
     figure.suptitle(f"The article's recipe on {ENV}")
     panels[1].set(xscale="log", xlim=(1, None))
-    panels[2].set(ylabel="episodes in a batch, mean of 25 batches", yscale="log", yticks=EPISODES, yticklabels=EPISODES)
+    panels[2].set(ylabel="episodes per batch (mean of 25)", yscale="log", yticks=EPISODES, yticklabels=EPISODES)
     panels[2].minorticks_off()
     panels[0].legend()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
@@ -109,17 +108,17 @@ def plot(runs: list[dict[str, np.ndarray]]) -> None:
 
 
 def comparison(runs: list[dict[str, np.ndarray]]) -> str:
-    """How the seeds compare with the reference."""
+    """Summarize how the seeds compare with the reference."""
     (last, best, seconds), *seeds = [
         (run["mean_return"][-100:].mean(), run["mean_return"].max(), run["seconds"][-1]) for run in runs
     ]
     lasts, bests, times = (np.array(values) for values in zip(*seeds, strict=True))
     return (
         f"Over the last 100 batches before {TIMESTEPS / 1e6:g} million steps, our seeds return "
-        f"{', '.join(f'{value:.0f}' for value in lasts)} (interquartile mean {iqm(lasts):.0f}) and the article's one seed "
-        f"{last:.0f}: {np.sum(lasts < last)} of our {len(lasts)} return less. The best single batch is {bests.min():.0f} to "
-        f"{bests.max():.0f} against {best:.0f}. So many steps took our code {times.min():.0f} to {times.max():.0f} seconds, "
-        f"the article's {seconds:.0f}."
+        f"{', '.join(f'{value:.0f}' for value in lasts)} (interquartile mean {iqm(lasts):.0f}) and the article's single seed "
+        f"returns {last:.0f}; {np.sum(lasts < last)} of our {len(lasts)} seeds return less. The best single batch returns "
+        f"{bests.min():.0f} to {bests.max():.0f}, compared to {best:.0f}. Training takes {times.min():.0f} to "
+        f"{times.max():.0f} seconds, compared to {seconds:.0f} with the article's code."
     )
 
 
@@ -127,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--timesteps", type=int, default=TIMESTEPS)
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with one thread")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel processes, with one thread each")
     arguments = parser.parse_args()
     missing = [seed for seed in arguments.seeds if not (FOLDER / f"seed_{seed}.json").exists()]
     with get_context("spawn").Pool(arguments.jobs) as pool:

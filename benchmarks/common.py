@@ -1,4 +1,4 @@
-"""What the scripts in this folder share: where results go, what is noted beside them, and how the pages get them."""
+"""Paths, result files and generated blocks of the documentation, shared by the benchmark scripts."""
 
 import json
 import platform
@@ -20,19 +20,19 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SCALING = Path(__file__).parent.parent / "docs" / "scaling.md"
 WHERE = Path(__file__).parent.parent / "docs" / "where.md"
-#: The environment of the libraries that are not installed here (make peers)
+#: Python of the virtual environment with the peer libraries (``make peers``)
 PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 
 
 def tianshou(*arguments: object) -> Any:
-    """What ``peer_tianshou.py`` prints, which is JSON, in the environment of the peers and whatever the paths of this one."""
+    """Run ``peer_tianshou.py`` in the virtual environment of the peers and return the JSON it prints."""
     script = Path(__file__).parent / "peer_tianshou.py"
     command = [str(PEERS), "-I", "-W", "ignore", str(script), *map(str, arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def provenance(*others: str) -> dict[str, Any]:
-    """The command, the versions (of these other packages as well) and the machine behind a result."""
+    """Return the command, the machine and the package versions (including ``others``) behind a result."""
     packages = ("sb3-reinforce", "stable-baselines3", "gymnasium", "torch", "numpy", *others)
     return {
         "command": " ".join(["python", "-m", *([f"benchmarks.{Path(sys.argv[0]).stem}"]), *sys.argv[1:]]),
@@ -43,7 +43,7 @@ def provenance(*others: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a result in one go: whoever looks finds all of it or nothing."""
+    """Write a result atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content) + "\n")
@@ -52,29 +52,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def fill(path: Path, block: str, text: str) -> None:
     """
-    Replace what stands in a Markdown file between ``<!-- block -->`` and ``<!-- /block -->``.
+    Replace the text between ``<!-- block -->`` and ``<!-- /block -->`` in a Markdown file.
 
-    :param path: the file
+    :param path: path of the file
     :param block: name of the block
-    :param text: Markdown
+    :param text: new content of the block
     :raises ValueError: if the file has no such block
     """
     begin, end = f"<!-- {block} -->", f"<!-- /{block} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     content = path.read_text(encoding="utf-8")
     if not pattern.search(content):
-        raise ValueError(f"{path} has no block {begin} ... {end} to fill")
+        raise ValueError(f"{path} has no block {begin} ... {end}")
     path.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", content), encoding="utf-8")
 
 
 def run_all(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], n_processes: int) -> None:
-    """Call a function with the arguments of each job, in new processes, so many at a time."""
-    # Not a Pool, whose processes may not start workers
+    """Call a function with the arguments of each job, in ``n_processes`` new processes."""
+    # Processes of a multiprocessing.Pool are daemonic and cannot start worker processes
     with ProcessPoolExecutor(n_processes, get_context("spawn")) as executor:
         for future in [executor.submit(function, *job) for job in jobs]:
             future.result()
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:
-    """The runs in a folder, by seed."""
+    """Read the runs in a folder, sorted by seed."""
     return sorted((json.loads(path.read_text()) for path in folder.glob("seed_*.json")), key=lambda run: run["seed"])

@@ -1,11 +1,11 @@
 """
-Digests of trained models: did a change that is not meant to change any number change one?
+Check that a refactoring does not change results, with digests of trained models.
 
-    python -m benchmarks.digests --write before.json     # on the code before the change
-    python -m benchmarks.digests --compare before.json   # after it, on the same machine
+    python -m benchmarks.digests --write before.json     # before the change
+    python -m benchmarks.digests --compare before.json   # after the change, on the same machine
 
-Each case trains a model for a few updates and prints the SHA-256 of its parameters, statistics and optimizer. Digests of two
-machines differ: the last bits of a matrix product depend on the processor.
+Each case trains a model for a few updates and prints the SHA-256 digest of its parameters, statistics and optimizer state.
+Digests cannot be compared across machines, because floating-point results depend on the processor.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PENDULUM: dict[str, Any] = dict(
 
 
 class RandomWalk(gym.Env):
-    """Observations, rewards and lengths of episodes that depend on the seed alone."""
+    """Random observations, rewards and episode lengths, reproducible from the seed."""
 
     def __init__(self, observation_space: spaces.Space, action_space: spaces.Space):
         self.observation_space = observation_space
@@ -70,7 +70,7 @@ def train(env: Any, n_steps: int = 8000, policy: str = "MlpPolicy", **kwargs: An
 
 
 def resume(n_steps: int = 12_000) -> BaseAlgorithm:
-    """Half of the steps, a file, and the other half."""
+    """Train for half of the steps, save, load and train for the other half."""
     file = io.BytesIO()
     REINFORCE("MlpPolicy", LANDER, seed=3, device="cpu").learn(n_steps // 2).save(file)
     file.seek(0)
@@ -99,7 +99,7 @@ CASES: dict[str, Callable[[], BaseAlgorithm]] = {
 
 
 def digest(model: BaseAlgorithm) -> str:
-    """SHA-256 of all tensors of a model, in the order of their names."""
+    """Compute the SHA-256 digest of all tensors of a model, in the order of their names."""
     numbers = hashlib.sha256()
 
     def add(state: Any) -> None:
@@ -114,9 +114,9 @@ def digest(model: BaseAlgorithm) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Digests of trained models")
-    parser.add_argument("--write", type=Path, help="JSON file to write the digests to")
-    parser.add_argument("--compare", type=Path, help="JSON file with digests to compare with")
+    parser = argparse.ArgumentParser(description="Compute digests of trained models")
+    parser.add_argument("--write", type=Path, help="write the digests to this JSON file")
+    parser.add_argument("--compare", type=Path, help="compare with the digests in this JSON file")
     arguments = parser.parse_args()
     th.set_num_threads(1)
     digests = {}

@@ -1,12 +1,12 @@
 """
-The learning curves, tables and headline of the README and of docs/, from what `benchmarks.learning` has written; and those of
+Generate the learning curves, tables and headline of the README and docs/ from the results of `benchmarks.learning`, and run
 :mod:`benchmarks.where_figures`.
 
     python -m benchmarks.figures
 
-The interquartile mean (IQM) is the mean of the middle half of the runs' returns, and its interval is the 95 % percentile
-bootstrap over runs (Agarwal et al., 2021, "Deep reinforcement learning at the edge of the statistical precipice"; for a single
-environment their stratified bootstrap is the ordinary one).
+Scores are interquartile means (IQM) over runs, with 95% percentile bootstrap intervals (Agarwal et al., 2021, "Deep
+reinforcement learning at the edge of the statistical precipice"). For a single environment, their stratified bootstrap is the
+ordinary bootstrap.
 """
 
 from collections import defaultdict
@@ -24,7 +24,7 @@ from sb3_reinforce.tools.report.estimates import count, interval, iqm
 
 LANDER = "LunarLanderContinuous-v3"
 SOLVED = 200.0
-#: What the curves show, in which color
+#: Color of each algorithm in the learning curves
 COLORS = {
     "reinforce": "tab:blue",
     "defaults": "tab:cyan",
@@ -37,16 +37,16 @@ COLORS = {
     "race-a2c": "tab:brown",
     "race-tianshou": "tab:gray",
 }
-#: Their labels, if not what their folders are named after
+#: Labels that differ from the name of the folder
 LABELS = {"race-workers": "reinforce, workers=2 (two cores)", "race-envpool": "reinforce on EnvPool"}
-#: Other work ran beside these: their seconds say nothing
+#: Runs without comparable timings, because other processes ran at the same time
 STEPS_ONLY = ("race-a2c", "race-tianshou")
-#: The folders of the four advantage functions begin with this
+#: Prefix of the folders of the advantage functions
 ADVANTAGE = "advantage-"
 ADVANTAGE_COLORS = dict(zip(get_args(AdvantageName), ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
 
-#: Returns of others on older versions of MuJoCo's tasks: Tianshou's REINFORCE after 10 M steps, Spinning Up's VPG after 3 M,
-#: and RL Zoo's TRPO after 1 M; None where there are none
+#: Published returns on older versions of the MuJoCo tasks: Tianshou's REINFORCE after 10 M steps, Spinning Up's VPG after 3 M
+#: and RL Zoo's TRPO after 1 M; None if there is no published return
 MUJOCO: dict[str, tuple[float, float | None, float | None]] = {
     "Ant": (1108, 5, 4982),
     "HalfCheetah": (1139, 600, 1785),
@@ -58,9 +58,9 @@ MUJOCO: dict[str, tuple[float, float | None, float | None]] = {
     "InvertedPendulum": (1000, None, None),
     "InvertedDoublePendulum": (7726, None, None),
 }
-#: The tasks on which others were trained here, and the runs of REINFORCE beside theirs: those of the same ``gamma``
+#: Tasks with runs of other algorithms, and the folder of REINFORCE's runs with the same ``gamma``
 BESIDE = {"HalfCheetah": "reinforce", "Hopper": "reinforce", "Swimmer": "gamma-0.9999"}
-#: Who is in the table of peers, by the name in the race: what the table says, and where final returns are
+#: Rows of the table of peers, by name in the race: label, and folder with the final returns
 PEERS = {
     "reinforce": ("REINFORCE", "reinforce-300k"),
     "workers": ("REINFORCE, `workers=2`", "final-workers"),
@@ -73,33 +73,33 @@ PEERS = {
 
 
 def read(env_id: str, name: str) -> list[dict[str, Any]]:
-    """The runs of one environment and algorithm, by seed."""
+    """Read the runs of an environment and algorithm, sorted by seed."""
     return read_folder(FOLDER / env_id / name)
 
 
 def solved_at(run: dict[str, Any], what: str) -> float:
-    """Steps or seconds until an evaluation first reached 200; infinite if none did."""
+    """Return the steps or seconds until an evaluation first reaches 200, or infinity."""
     return min((point[what] for point in run["evaluations"] if point["mean_return"] >= SOLVED), default=np.inf)
 
 
 def finals(env_id: str, name: str) -> np.ndarray:
-    """The final return of each finished run."""
+    """Return the mean final return of each finished run."""
     return np.array([np.mean(run["final_returns"]) for run in read(env_id, name) if run["final_returns"]])
 
 
 def score(returns: np.ndarray, digits: int = 0, bold: str = "") -> str:
-    """IQM and interval, which one seed does not have."""
+    """Format the IQM and its interval (none for a single seed)."""
     span = "" if len(returns) < 2 else " [{:.{d}f}, {:.{d}f}]".format(*interval(returns, iqm), d=digits)
     return f"{bold}{iqm(returns):.{digits}f}{bold}{span}"
 
 
 def cells(returns: np.ndarray) -> str:
-    """The columns of final returns: IQM, worst and best."""
+    """Format the columns of final returns: IQM, worst and best seed."""
     return f"{score(returns, digits=1)} | {returns.min():.1f}, {returns.max():.1f}"
 
 
 class Race(NamedTuple):
-    """The way to the first evaluation of 200 or more: medians over runs. One that never gets there is infinitely late."""
+    """Medians over runs until an evaluation first reaches 200. A run that never reaches it counts as infinite."""
 
     seconds: float
     steps: float
@@ -112,7 +112,7 @@ class Race(NamedTuple):
 
 
 def race(name: str) -> Race | None:
-    """The runs of an algorithm that took turns with others on one core; None if there are none."""
+    """Summarize the runs of an algorithm in the race, in turn with others on one core; None if there are none."""
     if not (runs := read(LANDER, f"race-{name}")):
         return None
     seconds, steps = (np.array([solved_at(run, what) for run in runs]) for what in ("seconds", "steps"))
@@ -120,21 +120,21 @@ def race(name: str) -> Race | None:
 
 
 def measured(value: float, form: str) -> str:
-    """A median of a race, which is infinite if half of the runs never got there."""
+    """Format a median of a race, which can be infinite."""
     return format(value, form) if np.isfinite(value) else "never"
 
 
 def markdown(columns: list[str], rows: list[tuple[Any, ...]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
 def table() -> str:
-    """One row for each environment and algorithm with finished runs."""
+    """Create a table with one row per environment and algorithm with finished runs."""
     rows: list[tuple[Any, ...]] = []
     for folder in sorted(FOLDER.glob("*/*")):
         runs = [run for run in read(folder.parent.name, folder.name) if run["final_returns"]]
-        # The race is to the first pass, and the advantage functions have a page of their own
+        # Races end at the first pass. The advantage functions are in docs/advantages.md
         if not runs or folder.name.startswith(("race-", ADVANTAGE)):
             continue
         steps = np.median([run["timesteps"] for run in runs])
@@ -147,38 +147,38 @@ def table() -> str:
             "algorithm",
             "seeds",
             "steps",
-            "return: IQM [95 % interval]",
+            "return: IQM [95% interval]",
             "worst and best seed",
-            "seconds a run",
+            "seconds per run",
         ],
         rows,
     )
 
 
 def options(command: str) -> str:
-    """Those of a command of ``benchmarks.learning``, sorted, without the ones that are different for runs of one kind."""
+    """Return the sorted options of a ``benchmarks.learning`` command, without the options that the runs of a group vary."""
     _, *found = command.split(" --")
     different = ("env", "algo", "seeds", "name", "jobs")
     return "".join(sorted(f" --{option}" for option in found if option.split()[0] not in different))
 
 
 def seed_range(seeds: Sequence[int]) -> str:
-    """As ``--seeds`` takes it."""
+    """Format seeds for ``--seeds``."""
     is_range = len(seeds) > 1 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
     return f"{seeds[0]}-{seeds[-1]}" if is_range else ",".join(map(str, seeds))
 
 
 def commands() -> str:
-    """What repeats the runs of the table and of the race. Environments and algorithms of the same options share a line."""
+    """Generate the commands of all runs. Environments and algorithms with the same options share a line."""
     seeds: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
     for folder in sorted(FOLDER.glob("*/*")):
-        # The advantage functions have a page of their own
+        # The advantage functions are in docs/advantages.md
         for run in [] if folder.name.startswith(ADVANTAGE) else read(folder.parent.name, folder.name):
             seeds[run["env"], run["name"], run["algo"], options(run["command"])].append(run["seed"])
     envs: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     for (env_id, name, algo, others), found in seeds.items():
         envs[name, algo, seed_range(found), others].append(env_id)
-    # With several algorithms, --name is what the names of all begin with
+    # With several algorithms, --name is the prefix of their folders
     algos: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     for (name, algo, range_, others), env_ids in envs.items():
         algos[" ".join(env_ids), range_, others, name.removesuffix(algo)].append(algo)
@@ -191,24 +191,24 @@ def commands() -> str:
 
 
 def advantage_table() -> str:
-    """One row for each environment and advantage function."""
+    """Create a table with one row per environment and advantage function."""
     rows: list[tuple[Any, ...]] = []
     for env_id in advantage_envs():
         for name in ADVANTAGE_COLORS:
             returns = finals(env_id, ADVANTAGE + name)
             if len(returns):
                 rows.append((env_id, name, len(returns), cells(returns)))
-    return markdown(["environment", "`advantage`", "seeds", "return: IQM [95 % interval]", "worst and best seed"], rows)
+    return markdown(["environment", "`advantage`", "seeds", "return: IQM [95% interval]", "worst and best seed"], rows)
 
 
 def advantage_envs() -> list[str]:
-    """The environments on which the advantage functions have been compared, the lander first."""
+    """Return the environments with runs of the advantage functions, the lander first."""
     return sorted({path.parent.name for path in FOLDER.glob(f"*/{ADVANTAGE}*")}, reverse=True)
 
 
 def band(axes: Any, runs: list[dict[str, Any]], what: str, color: str, label: str) -> None:
-    """Median and interquartile band over runs of the evaluations, against steps or seconds."""
-    # Runs that stopped at their aim are shown as far as all of a kind go
+    """Plot the median and the interquartile band of the evaluations over runs, against steps or seconds."""
+    # Runs can stop early: end with the shortest run
     end = min(run["evaluations"][-1][what] for run in runs)
     grid = np.linspace(min(end, max(run["evaluations"][0][what] for run in runs)), end, 60)
     returns = [
@@ -220,9 +220,9 @@ def band(axes: Any, runs: list[dict[str, Any]], what: str, color: str, label: st
 
 
 def curves(env_id: str, path: Path) -> None:
-    """The evaluations against steps and against seconds, where there are any."""
+    """Plot the evaluations against steps and against seconds."""
     runs_of = {name: read(env_id, name) for name in COLORS}
-    # One evaluation makes no curve
+    # A curve needs at least two evaluations
     runs_of = {name: [run for run in runs if len(run["evaluations"]) > 1] for name, runs in runs_of.items()}
     if not any(runs_of.values()):
         return
@@ -246,14 +246,14 @@ def curves(env_id: str, path: Path) -> None:
     for axes in panels:
         if env_id == LANDER:
             axes.axhline(SOLVED, color="gray", linestyle=":")
-            # A2C begins far below
+            # A2C starts far below
             axes.set_ylim(bottom=-300)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
 
 
 def advantage_curves(path: Path) -> None:
-    """The evaluations of the four advantage functions against steps, a panel for each environment."""
+    """Plot the evaluations of the advantage functions against steps, with one panel per environment."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -274,13 +274,13 @@ def advantage_curves(path: Path) -> None:
 
 
 def below_after_pass(run: dict[str, Any], steps: int = 50_000) -> list[bool]:
-    """For each evaluation from so many steps after the first that reached 200 on: whether it is below 200."""
+    """Check whether evaluations are below 200, starting ``steps`` steps after the first one that reaches 200."""
     start = solved_at(run, "steps") + steps
     return [point["mean_return"] < SOLVED for point in run["evaluations"] if point["steps"] >= start]
 
 
 def headline() -> str:
-    """What the README says first of learning."""
+    """Generate the summary of learning performance in the README."""
     lines = []
     for name in ("reinforce-300k", "reinforce"):
         runs = [run for run in read(LANDER, name) if run["final_returns"]]
@@ -290,14 +290,16 @@ def headline() -> str:
         steps = np.median([run["timesteps"] for run in runs])
         lines.append(
             f"- After {steps / 1e6:.1f} million steps, {np.sum(returns >= SOLVED)} of {len(returns)} seeds return 200 or "
-            f"more: IQM {score(returns)}, worst {returns.min():.0f} (100 deterministic episodes of each final policy)."
+            f"more: IQM {score(returns)}, worst {returns.min():.0f} (100 deterministic episodes per final policy)."
         )
     first = read(LANDER, "reinforce")
     steps = np.array([solved_at(run, "steps") for run in first])
     late = np.quantile(steps, 0.9, method="higher")
     lines.append(f"- The median seed first passes 200 after {np.median(steps):,.0f} steps, nine of ten within {late:,.0f}.")
     below = np.concatenate([below_after_pass(run) for run in first])
-    lines.append(f"- From 50,000 steps after that on, {below.mean():.1%} of {len(below):,} evaluations are below 200.")
+    lines.append(
+        f"- Starting 50,000 steps after the first pass, {below.mean():.1%} of {len(below):,} evaluations are below 200."
+    )
     races = {name: found for name in ("reinforce", "trpo", "ppo") if (found := race(name)) is not None}
     if "reinforce" in races:
         ours = races["reinforce"].seconds
@@ -310,14 +312,14 @@ def headline() -> str:
                 f"{name.upper()} {'never passes' if is_late else way} ({found.passed} seeds{'' if is_late else longer})"
             )
         lines.append(
-            f"- Until that, in turn on one core (medians): {'; '.join(texts)}. TRPO and PPO have RL Zoo's settings and "
-            "budgets; a seed that never passes counts as infinitely late."
+            f"- Median cost of the first pass, measured in turn on one core: {'; '.join(texts)}. TRPO and PPO use RL Zoo's "
+            "hyperparameters and budgets; a seed that never passes counts as infinite."
         )
-    return "\n".join([f"On {LANDER}, {len(first)} seeds that no tuning has seen:", "", *lines])
+    return "\n".join([f"On {LANDER}, with {len(first)} seeds that were not used for tuning:", "", *lines])
 
 
 def peers() -> str:
-    """Steps and seconds until 200, final returns, and how probable it is that REINFORCE returns more."""
+    """Create a table of steps and seconds to a return of 200, final returns and the probability of improvement."""
     rows: list[tuple[Any, ...]] = []
     ours = PEERS["reinforce"][1]
     for name, (label, folder) in PEERS.items():
@@ -325,7 +327,7 @@ def peers() -> str:
         if (found := race(name)) is not None:
             way = f"{measured(found.steps, ',.0f')} | {measured(found.seconds, '.1f')} | {found.passed}"
         final, runs, returns = "not measured | |", read(LANDER, folder), finals(LANDER, folder)
-        # A race measures final policies only of those that never pass: a score must not be of the worse ones
+        # Races only have final returns of runs that never pass: a score of some runs would be biased
         if runs and len(returns) == len(runs):
             is_ours = folder == ours
             better = "" if is_ours else where_figures.better(finals(LANDER, ours), returns)
@@ -336,10 +338,10 @@ def peers() -> str:
         [
             "algorithm",
             "steps to 200",
-            "seconds",
-            "got there",
-            "final return: IQM [95 % interval]",
-            "after",
+            "seconds to 200",
+            "solved",
+            "final return: IQM [95% interval]",
+            "training steps",
             "REINFORCE is better",
         ],
         rows,
@@ -347,7 +349,7 @@ def peers() -> str:
 
 
 def mujoco() -> str:
-    """The final policies on MuJoCo beside what others have published of plain policy gradients, and of TRPO."""
+    """Create a table of final returns on MuJoCo, with published returns of plain policy gradients and TRPO."""
     rows: list[tuple[Any, ...]] = []
     for task, others in MUJOCO.items():
         for name, label in (("reinforce", task), ("gamma-0.9999", f"{task}, `gamma=0.9999`")):
@@ -357,12 +359,12 @@ def mujoco() -> str:
                 texts = ["-" if other is None else f"{other:g}" for other in others]
                 rows.append((label, len(returns), score(returns, digits=1, bold=mark), worst_best, *texts))
     return markdown(
-        ["task", "seeds", "return: IQM [95 % interval]", "worst and best seed", "Tianshou", "Spinning Up", "TRPO"], rows
+        ["task", "seeds", "return: IQM [95% interval]", "worst and best seed", "Tianshou", "Spinning Up", "TRPO"], rows
     )
 
 
 def beside() -> str:
-    """The final policies of REINFORCE and of others on MuJoCo, and how probable it is that REINFORCE returns more."""
+    """Create a table of final returns of REINFORCE, TRPO and A2C on MuJoCo, with the probability of improvement."""
     rows: list[tuple[Any, ...]] = []
     for task, name_of_ours in BESIDE.items():
         ours = finals(f"{task}-v5", name_of_ours)
@@ -374,7 +376,7 @@ def beside() -> str:
             better = "" if name == name_of_ours else where_figures.better(ours, returns)
             rows.append((task, name, len(runs), f"{steps / 1e6:.2g} M", f"{seconds:.0f}", score(returns), better))
     return markdown(
-        ["task", "algorithm", "seeds", "steps", "seconds a run", "return: IQM [95 % interval]", "REINFORCE is better"], rows
+        ["task", "algorithm", "seeds", "steps", "seconds per run", "return: IQM [95% interval]", "REINFORCE is better"], rows
     )
 
 

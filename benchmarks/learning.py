@@ -1,19 +1,23 @@
 """
-Learning, over many seeds: one JSON a run, in ``results/learning/ENV/NAME/seed_K.json``.
+Train with many seeds and write one JSON file per run, ``results/learning/ENV/NAME/seed_K.json``.
 
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --seeds 8000-8019 --jobs 2
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo reinforce trpo ppo --name race --until 200
     python -m benchmarks.learning --env LunarLanderContinuous-v3 --algo tianshou --timesteps 500000
     python -m benchmarks.learning --env LunarLander-v3 --algo defaults --seeds 8000-8019 --timesteps 1000000
 
-Algorithms are those of RL Zoo, each with the settings of its hyperparameter file (on MuJoCo's ``-v5``, which it does not
-have, with those of ``-v4``); ``defaults``: REINFORCE as its constructor makes it, on an environment named by a string;
-REINFORCE with the settings of its file on two ``workers``, or on 16 environments of ``envpool`` (training only); and
-``tianshou``: Tianshou's Reinforce, for which there must be ``make peers``. Runs that are there already are skipped. Every so
-many steps the deterministic policy is evaluated on environments that training never sees, with the clock of the run stopped;
-at the end, the final policy over 100 episodes. A small part (``--set gamma:0.98``) may differ from the file, under another
-``--name``, as do other ``--timesteps``, and training in pieces (``--pieces 2000``: that many steps in each call of
-``learn()``). Several algorithms take turns, seed by seed, so that their seconds are those of one machine in one state.
+The algorithms are
+
+- ``reinforce`` and the algorithms of RL Zoo, with their hyperparameter files (RL Zoo has no ``-v5`` of the MuJoCo tasks: they
+  use the hyperparameters of ``-v4``);
+- ``workers`` and ``envpool``: ``reinforce`` with two workers, or trained on 16 EnvPool environments;
+- ``defaults``: REINFORCE with the defaults of its constructor, on an environment created from its id;
+- ``tianshou``: Tianshou's Reinforce (requires ``make peers``).
+
+The deterministic policy is evaluated regularly on separate environments, with the clock of the run stopped, and over 100
+episodes after training. ``--set gamma:0.98`` changes hyperparameters, and ``--pieces 2000`` calls ``learn()`` repeatedly for
+2000 steps; use another ``--name`` for such runs. Several algorithms take turns, seed by seed, for comparable timings. Existing
+runs are skipped.
 """
 
 import argparse
@@ -37,25 +41,24 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_nor
 
 from benchmarks import common
 from benchmarks.common import RESULTS, provenance, run_all, write_json
-from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
-from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
-from sb3_reinforce.tools.envpool import EnvPoolVecEnv
+from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, EpisodeVecEnv
+from sb3_reinforce.tools import EnvPoolVecEnv
 
 FOLDER = RESULTS / "learning"
-#: Seeds of environments count up from here for evaluations: those of training are below 2**31, plus the environment's index
+#: First seed of the evaluation environments: training seeds are below 2**31 (plus the index of the environment)
 EVALUATION_SEED = 2**31 + 10_000
-#: Environments of a pool
+#: Number of EnvPool environments
 POOL = 16
 
 
 class Evaluations(BaseCallback):
     """
-    Evaluates the deterministic policy between rollouts, off the clock.
+    Evaluate the deterministic policy between rollouts, with the clock stopped.
 
-    :param env_id: on which environment
-    :param every: steps from one evaluation to the next
-    :param n_episodes: of one evaluation
-    :param until: stop training when an evaluation reaches this return
+    :param env_id: id of the environment
+    :param every: number of steps between evaluations
+    :param n_episodes: number of episodes per evaluation
+    :param until: stop training when an evaluation reaches this mean return
     """
 
     def __init__(self, env_id: str, every: int, n_episodes: int, until: float | None):
@@ -97,7 +100,7 @@ class Evaluations(BaseCallback):
 
 
 def evaluation_env(model: BaseAlgorithm, env_id: str) -> VecEnv:
-    """Ten copies of the plain environment (with the model's VecNormalize, if it has one, which no longer learns)."""
+    """Create ten evaluation environments, in a frozen ``VecNormalize`` if the model has one."""
     assert model.env is not None
     env: Any = make_vec_env(env_id, 10, EVALUATION_SEED, env_kwargs=dict(render_mode=None), vec_env_cls=EpisodeVecEnv)
     if unwrap_vec_normalize(model.env) is not None:
@@ -114,16 +117,15 @@ def evaluate(model: BaseAlgorithm, env: VecEnv, n_episodes: int) -> list[float]:
 
 
 def make_pool(manager: Any, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-    """The environments of an experiment, in EnvPool."""
+    """Create the environments of an experiment with EnvPool."""
     return EnvPoolVecEnv(manager.env_name.gym_id, n_envs, manager.seed, **manager.env_kwargs)
 
 
 def settings_of_v4(algo: str, env_id: str, folder: Path) -> str | None:
     """
-    RL Zoo has the ``-v4`` of MuJoCo's tasks, not yet the ``-v5``.
+    Write a hyperparameter file for a MuJoCo ``-v5`` task, with RL Zoo's hyperparameters of its ``-v4``.
 
-    :return: A hyperparameter file, in the folder, that gives a ``-v5`` the settings of its ``-v4``. None if RL Zoo has the
-        environment, or neither of them
+    :return: path of the file; None if RL Zoo has the environment, or neither version
     """
     import rl_zoo3
     import yaml
@@ -145,23 +147,24 @@ def make_model(
     params: dict[str, Any],
     config: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """A new model, and the arguments for its ``learn()``."""
+    """Create a model and the arguments of its ``learn()``."""
     if algo == "defaults":
         model = REINFORCE("MlpPolicy", env_id, seed=seed, device="cpu", **params)
         return model, dict(total_timesteps=timesteps or 1_000_000, callback=[])
     import rl_zoo3.exp_manager
 
-    import sb3_reinforce.tools.zoo
+    from sb3_reinforce.tools import register
+    from sb3_reinforce.tools.zoo import WORKERS
 
-    sb3_reinforce.tools.zoo.register()
+    register()
     ours = algo in ("reinforce", "workers", "envpool")
     manager_class = rl_zoo3.exp_manager.ExperimentManager
     other_ways = contextlib.ExitStack()
     if algo == "workers":
-        other_ways.enter_context(mock.patch.dict(os.environ, {sb3_reinforce.tools.zoo.WORKERS: "2"}))
+        other_ways.enter_context(mock.patch.dict(os.environ, {WORKERS: "2"}))
     elif algo == "envpool":
         other_ways.enter_context(mock.patch.object(manager_class, "create_envs", make_pool))
-        # Batches as large as with the eight environments of the file, or the next larger ones
+        # At least as many steps per batch as with the eight environments of the hyperparameter file
         params = dict(n_envs=POOL, n_steps=63) | params
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), other_ways:
         if config is None and not ours:
@@ -181,13 +184,13 @@ def make_model(
         )
         experiment = manager.setup_experiment()
     assert experiment is not None
-    # The folder of checkpoints is gone
+    # The folder of the checkpoints is temporary
     callbacks = [callback for callback in manager.callbacks if not isinstance(callback, AtomicCheckpointCallback)]
     return experiment[0], dict(total_timesteps=manager.n_timesteps, callback=callbacks)
 
 
 def train(algo: str, env_id: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """How a run went."""
+    """Train a model and return the results of the run."""
     th.set_num_threads(1)
     model, learning = make_model(algo, env_id, seed, arguments.timesteps, dict(arguments.set))
     evaluations = Evaluations(env_id, arguments.every, arguments.episodes, arguments.until)
@@ -196,7 +199,7 @@ def train(algo: str, env_id: str, seed: int, arguments: argparse.Namespace) -> d
         callback = [evaluations, *learning["callback"]]
         model.learn(arguments.pieces or total, callback=callback, reset_num_timesteps=arguments.pieces is None)
     seconds = time.perf_counter() - evaluations.started
-    # The same episodes for every run, however often it was evaluated before
+    # New environments: the final episodes must not depend on earlier evaluations
     final = [] if evaluations.passed else evaluate(model, evaluation_env(model, env_id), 100)
     return dict(
         timesteps=model.num_timesteps,
@@ -207,7 +210,7 @@ def train(algo: str, env_id: str, seed: int, arguments: argparse.Namespace) -> d
 
 
 def train_tianshou(env_id: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """How a run of Tianshou went, and the versions behind it."""
+    """Train Tianshou's Reinforce and return the results of the run."""
     options = {name: getattr(arguments, name) for name in ("timesteps", "every", "episodes", "until")}
     options |= dict(seed=seed, evaluation_seed=EVALUATION_SEED)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
@@ -219,12 +222,12 @@ def run(algo: str, name: str, env_id: str, seed: int, arguments: argparse.Namesp
     what = dict(env=env_id, algo=algo, name=name, seed=seed, differs=arguments.set, pieces=arguments.pieces)
     others = [package for package in ("rl_zoo3", "sb3_contrib", "mujoco", "envpool") if package in sys.modules]
     write_json(FOLDER / env_id / name / f"seed_{seed}.json", provenance(*others) | what | went)
-    reached = f"{np.mean(went['final_returns']):.1f}" if went["final_returns"] else "stopped at the aim"
+    reached = f"{np.mean(went['final_returns']):.1f}" if went["final_returns"] else "stopped early"
     print(f"{env_id} {name} seed {seed}: {reached}, {went['timesteps']:,} steps in {went['seconds']:.0f} s", flush=True)
 
 
 def seeds(text: str) -> list[int]:
-    """``0,3,1000-1019``"""
+    """Parse a list of seeds, for example ``0,3,1000-1019``."""
     bounds = [[int(bound) for bound in part.split("-")] for part in text.split(",")]
     return [seed for bound in bounds for seed in range(bound[0], bound[-1] + 1)]
 
@@ -238,17 +241,17 @@ def main() -> None:
         "--algo", nargs="+", default=["reinforce"], help="reinforce, defaults, workers, envpool, ppo, a2c, trpo, tianshou"
     )
     parser.add_argument("--seeds", type=seeds, default="8000-8019")
-    parser.add_argument("--timesteps", type=int, help="if not those of the file")
-    parser.add_argument("--pieces", type=int, help="steps of each call of learn(), all in one if not given")
-    parser.add_argument("--every", type=int, default=10_000, help="steps between evaluations")
-    parser.add_argument("--episodes", type=int, default=30, help="of one evaluation")
-    parser.add_argument("--until", type=float, help="stop when an evaluation reaches this return")
-    parser.add_argument("--set", nargs="+", action=StoreDict, default={}, help="key:value, in the place of what the file has")
-    parser.add_argument("--name", help="of the folder, if not that of the algorithm; with several, what theirs begin with")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with one thread")
+    parser.add_argument("--timesteps", type=int, help="number of training steps (default: from the hyperparameter file)")
+    parser.add_argument("--pieces", type=int, help="number of steps per call of learn() (default: a single call)")
+    parser.add_argument("--every", type=int, default=10_000, help="number of steps between evaluations")
+    parser.add_argument("--episodes", type=int, default=30, help="number of episodes per evaluation")
+    parser.add_argument("--until", type=float, help="stop when an evaluation reaches this mean return")
+    parser.add_argument("--set", nargs="+", action=StoreDict, default={}, help="hyperparameters to change, as key:value")
+    parser.add_argument("--name", help="name of the folder (default: the algorithm); with several algorithms, a prefix")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel processes, with one thread each")
     arguments = parser.parse_args()
     if "tianshou" in arguments.algo and (arguments.set or arguments.pieces):
-        parser.error("--set and --pieces are not for tianshou")
+        parser.error("--set and --pieces are not supported with tianshou")
     if len(arguments.algo) == 1:
         names = [arguments.name or arguments.algo[0]]
     else:

@@ -1,12 +1,12 @@
 """
-Tianshou's Reinforce, for `benchmarks.throughput` and `benchmarks.learning`: both run it in the peers' environment.
+Run Tianshou's Reinforce for `benchmarks.throughput` and `benchmarks.learning`, in the virtual environment of the peers.
 
     .venv-peers/bin/python benchmarks/peer_tianshou.py speed LunarLanderContinuous-v3 1 6000
     .venv-peers/bin/python benchmarks/peer_tianshou.py learn LunarLanderContinuous-v3 --seed 8000 --timesteps 500000
 
-``speed`` prints steps a second. ``learn`` prints a run as JSON: settings are those of Tianshou's own example,
-https://github.com/thu-ml/tianshou/blob/master/examples/mujoco/mujoco_reinforce.py, whose learning rate falls to zero over the
-run. Its ten environments share one process here, as those of the others do, instead of one process each.
+``speed`` prints the steps per second. ``learn`` prints the results of a run as JSON. It uses the hyperparameters of Tianshou's
+example, https://github.com/thu-ml/tianshou/blob/master/examples/mujoco/mujoco_reinforce.py, with a linearly decaying learning
+rate. The ten environments share one process, as for the other algorithms, instead of using one process each.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from tianshou.utils.net.common import Net
 from tianshou.utils.net.continuous import ContinuousActorProbabilistic
 from tianshou.utils.torch_utils import policy_within_training_step, torch_train_mode
 
-#: Of which throughput is measured
+#: Batch size of ``speed``
 BATCH = 3000
-#: Of the example
+#: Number of environments, buffer size and steps per batch of Tianshou's example
 N_ENVS, BUFFER, COLLECT = 10, 4096, 2048
 
 
@@ -40,7 +40,7 @@ def gaussian(mean_std: tuple[torch.Tensor, torch.Tensor]) -> torch.distributions
 
 
 def iterate(algorithm: Reinforce, collector: Collector, n_steps: int) -> Any:
-    """What Tianshou's trainer does between tests; statistics of what was collected."""
+    """Collect a batch and update, as Tianshou's trainer does; return the statistics of the batch."""
     with policy_within_training_step(algorithm.policy):
         collected = collector.collect(n_step=n_steps)
         with torch_train_mode(algorithm.policy):
@@ -57,7 +57,7 @@ def speed(env_id: str, n_envs: int, steps: int) -> float:
         action_shape=env.action_space.shape,
         unbounded=True,
     )
-    # As for all that are measured: actions are samples of a standard Gaussian, whatever the observation
+    # As in benchmarks.throughput: sample actions from a standard Gaussian, independent of the observation
     torch.nn.init.zeros_(next(module for module in reversed(list(actor.mu.modules())) if hasattr(module, "weight")).weight)
     torch.nn.init.zeros_(actor.sigma_param)
     policy = ProbabilisticActorPolicy(
@@ -101,7 +101,7 @@ def make_algorithm(env_id: str, timesteps: int) -> Reinforce:
         action_space=env.action_space,
         action_scaling=True,
         action_bound_method="tanh",
-        # Evaluations are of the mean action, as those of the others
+        # Evaluate the mean action, as for the other algorithms
         deterministic_eval=True,
     )
     return Reinforce(policy=policy, gamma=0.99, optim=optim, return_standardization=True)
@@ -114,7 +114,7 @@ def make_envs(env_id: str, seed: int, update_obs_rms: bool) -> VectorEnvNormObs:
 
 
 def learn(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluations and clock are those of `benchmarks.learning`."""
+    """Train with the evaluations and the clock of `benchmarks.learning`."""
     np.random.seed(arguments.seed)
     torch.manual_seed(arguments.seed)
     envs = make_envs(arguments.env, arguments.seed, update_obs_rms=True)
@@ -180,10 +180,12 @@ def main() -> None:
     learns.add_argument("env")
     learns.add_argument("--seed", type=int, required=True)
     learns.add_argument("--evaluation-seed", type=int, default=2**31)
-    learns.add_argument("--timesteps", type=int, default=3_000_000, help="100 epochs of 30,000 steps if not given")
-    learns.add_argument("--every", type=int, default=10_000, help="steps between evaluations")
-    learns.add_argument("--episodes", type=int, default=30, help="of one evaluation")
-    learns.add_argument("--until", type=float, help="stop when an evaluation reaches this return")
+    learns.add_argument(
+        "--timesteps", type=int, default=3_000_000, help="number of training steps (default: 100 epochs of 30,000)"
+    )
+    learns.add_argument("--every", type=int, default=10_000, help="number of steps between evaluations")
+    learns.add_argument("--episodes", type=int, default=30, help="number of episodes per evaluation")
+    learns.add_argument("--until", type=float, help="stop when an evaluation reaches this mean return")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.mode == "speed":

@@ -1,10 +1,10 @@
 """
-How speed changes with the number of environments, the size of the batch, and the width of the network.
+Measure how the speed of `learn()` depends on the number of environments, the batch size and the width of the network.
 
-    python -m benchmarks.scaling                   # about ten minutes
+    python -m benchmarks.scaling
 
-Steps a second of `learn()` on LunarLanderContinuous-v3, one thing varied at a time from a batch of 4,096 steps of 4
-environments and two hidden layers of 64 units. Writes ``results/scaling.json`` and ``docs/images/scaling.png``.
+Vary one setting at a time on LunarLanderContinuous-v3, starting from batches of 4,096 steps from 4 environments and two hidden
+layers of 64 units. Write ``results/scaling.json`` and ``docs/images/scaling.png``.
 """
 
 import argparse
@@ -26,7 +26,7 @@ AXES = {
 
 
 def measure(environments: int = 4, batch: int = 4096, width: int = 64) -> dict[str, float]:
-    """Steps a second of one setting, and the share of the time that is not spent in rollouts."""
+    """Measure the steps per second of one setting, and the share of time spent in updates."""
     policy_kwargs = dict(net_arch=[width, width])
     model = make_model(REINFORCE, vec_env(LANDER, environments), max(1, batch // environments), policy_kwargs=policy_kwargs)
     seconds_of_update = 0.0
@@ -52,16 +52,16 @@ def plot(samples: dict[str, dict[str, list[dict[str, float]]]], alone: float) ->
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True, constrained_layout=True)
-    labels = ("number of environments", "transitions in a batch", "units of each hidden layer")
+    labels = ("number of environments", "transitions per batch", "units per hidden layer")
     for axes, (name, of_one), label in zip(panels, samples.items(), labels, strict=True):
         rates = [np.median([sample["steps_per_second"] for sample in repeats]) for repeats in of_one.values()]
         shares = [np.median([sample["update_share"] for sample in repeats]) for repeats in of_one.values()]
         axes.plot(AXES[name], rates, "o-", color="tab:blue", label="learn()")
         rollouts = np.array(rates) / (1 - np.array(shares))
-        axes.plot(AXES[name], rollouts, "--", color="tab:blue", alpha=0.6, label="its rollouts alone")
+        axes.plot(AXES[name], rollouts, "--", color="tab:blue", alpha=0.6, label="rollouts only")
         axes.axhline(alone, color="gray", linestyle=":", label="environment alone")
         axes.set(xscale="log", xlabel=label, ylim=(0, None))
-    panels[0].set_ylabel("steps a second")
+    panels[0].set_ylabel("steps per second")
     panels[-1].legend()
     figure.savefig(IMAGES / "scaling.png", dpi=100)
 

@@ -1,5 +1,5 @@
 """
-Show a folder that `make train` has left in the README: the learning curve, the video as a GIF, and a sentence.
+Show a run of `make train` in the README: the learning curve, the video as a GIF and a summary.
 
     python -m benchmarks.showcase runs/LunarLanderContinuous-v3_1
 """
@@ -16,7 +16,7 @@ from benchmarks.common import IMAGES, README, fill
 
 
 def to_gif(video: Path, gif: Path) -> None:
-    """A third of the frames at a third of the rate, at half the size: what a README can carry."""
+    """Convert a video to a small GIF, with a third of the frames at half the resolution."""
     frames = imageio.imread(video)[::3, ::2, ::2]
     imageio.imwrite(gif, frames, duration=1000 * 3 / 50, loop=0)
 

@@ -1,16 +1,15 @@
 """
-Does a long training keep its memory, files and processes?
+Check that a long training run does not leak memory, open files, processes or threads.
 
     python -m benchmarks.soak --minutes 30
 
-Trains on LunarLanderContinuous-v3 as `examples/lunar_lander.py` does, with all that writes files: `Monitor`, TensorBoard,
-checkpoints and evaluations, in a temporary folder. Looks at the process every ten seconds, and compares the minute after the
-first five with the last one. Writes ``results/soak.json``, fills docs/benchmarks.md, says whether it holds, and exits with 1
-if not. ``--page`` fills the page again from the result that is there.
+Train on LunarLanderContinuous-v3 like `examples/lunar_lander.py`, with everything that writes files: `Monitor`, TensorBoard,
+checkpoints and evaluations, in a temporary folder. Sample the process every ten seconds, and compare the minute after the
+first five minutes with the last minute. Write ``results/soak.json``, update docs/benchmarks.md, and exit with 1 if there is a
+leak. ``--page`` only updates the page, from the existing result.
 
-Box2D's Python bindings lose memory whenever fixtures are made, as each reset of the lander does. How much is measured before
-training, on the environment alone, and taken off for every reset. (SB3's ``Monitor`` keeps three numbers an episode, and
-``EvalCallback`` three an evaluation and episode: some hundred bytes an episode are expected to stay.)
+Box2D's Python bindings leak memory in every reset of the lander. The leak is measured on the environment alone and subtracted.
+A small growth remains, because SB3's ``Monitor`` and ``EvalCallback`` store the results of all episodes.
 """
 
 import argparse
@@ -42,27 +41,27 @@ except ImportError:
     psutil = None
 
 RESULT = RESULTS / "soak.json"
-#: Relative difference of the resident memory that is none
+#: Tolerated relative change of the resident memory
 TOLERANCE = 0.02
-#: What must not grow at all
+#: Counts that must not grow at all
 COUNTS = ("open_files", "processes", "threads")
 
 
 @dataclass(frozen=True)
 class Sample:
     """
-    A look at the process.
+    Resources of the process at one point in time.
 
-    :param seconds: since training began
-    :param steps: taken until then
-    :param memory: resident, bytes
-    :param allocated: what the C library has handed out of it and not got back, bytes (0 where it does not tell)
-    :param resets: of environments, until then
-    :param open_files: file descriptors
-    :param processes: children
-    :param threads: of this process
-    :param blocks: of memory that Python has allocated for its objects
-    :param log_size: of the folder that training writes to, bytes
+    :param seconds: time since the start of training
+    :param steps: number of training steps
+    :param memory: resident memory in bytes
+    :param allocated: memory allocated by the C library in bytes, 0 if unknown
+    :param resets: number of environment resets
+    :param open_files: number of file descriptors
+    :param processes: number of child processes
+    :param threads: number of threads
+    :param blocks: number of memory blocks allocated by Python
+    :param log_size: size of the log folder in bytes
     """
 
     seconds: float
@@ -78,7 +77,7 @@ class Sample:
 
 
 class CountedResets(gym.Wrapper):
-    """Counts the resets of all of its kind."""
+    """Count the resets of all wrapped environments."""
 
     n = 0
 
@@ -88,7 +87,7 @@ class CountedResets(gym.Wrapper):
 
 
 class Mallinfo2(ctypes.Structure):
-    """What ``mallinfo2()`` of glibc returns."""
+    """Return type of glibc's ``mallinfo2()``."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -98,9 +97,9 @@ class Mallinfo2(ctypes.Structure):
 
 def allocated() -> int:
     """
-    Give what is free back to the system: how much of it is kept changes from moment to moment by more than what is looked for.
+    Measure the allocated memory, after returning free memory to the system (otherwise, its fluctuations hide small leaks).
 
-    :return: bytes that the C library has handed out and not got back, 0 where it is not glibc
+    :return: bytes allocated by the C library, 0 if it is not glibc
     """
     gc.collect()
     try:
@@ -122,7 +121,7 @@ def look(seconds: float, steps: int, folder: Path) -> Sample:
     else:
         proc = Path("/proc/self")
         memory = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        # The folder itself is open while it is read
+        # Without the descriptor of the folder being read
         n_files = len(list((proc / "fd").iterdir())) - 1
         tasks = list((proc / "task").iterdir())
         n_processes, n_threads = sum(len((task / "children").read_text().split()) for task in tasks), len(tasks)
@@ -132,7 +131,7 @@ def look(seconds: float, steps: int, folder: Path) -> Sample:
 
 
 class Looks(BaseCallback):
-    """Looks at the process now and then, and ends training when the time is over."""
+    """Sample the process at regular intervals, and stop training when the time is over."""
 
     def __init__(self, folder: Path, minutes: float, every: float):
         super().__init__()
@@ -148,7 +147,7 @@ class Looks(BaseCallback):
     def _on_step(self) -> bool:
         seconds = time.monotonic() - self.started
         if seconds >= self.due:
-            # From now on: an evaluation may have taken longer than this
+            # Relative to now, because an evaluation can take longer than the interval
             self.due = seconds + self.every
             self.samples.append(look(seconds, self.num_timesteps, self.folder))
             latest = self.samples[-1]
@@ -163,10 +162,10 @@ class Looks(BaseCallback):
 
 
 def lost_in_a_reset(n_resets: int = 5000) -> float:
-    """Bytes that a reset of the environment alone takes and does not give back."""
+    """Measure how many bytes a reset of the environment alone leaks."""
     env = CountedResets(gym.make(LANDER))
     samples = []
-    # What it takes at first, it may use again
+    # Warm up: memory of the first resets can be reused
     for n in (1000, n_resets):
         for _ in range(n):
             env.reset()
@@ -178,21 +177,22 @@ def lost_in_a_reset(n_resets: int = 5000) -> float:
 
 def judge(samples: list[Sample], settled: float, window: float, lost: float) -> tuple[dict[str, Any], list[str]]:
     """
-    Compare the process when it has settled with the process at the end.
+    Compare the process after the warm-up with the process at the end.
 
-    :param samples: in the order of their times
-    :param settled: seconds after which nothing should grow any more
-    :param window: seconds, of which the medians are compared: from then on, and up to the end
-    :param lost: bytes that each reset of an environment takes and does not give back
-    :return: the figures that were compared, and what does not hold, in words
-    :raises ValueError: if there is no sample in a window, or the windows are not apart
+    :param samples: samples in chronological order
+    :param settled: warm-up time in seconds
+    :param window: length in seconds of the two windows whose medians are compared
+    :param lost: bytes leaked by each environment reset
+    :return: compared figures, and a description of each leak
+    :raises ValueError: if a window has no samples, or the windows overlap
     """
     end = samples[-1].seconds if samples else 0.0
     before = [sample for sample in samples if settled <= sample.seconds <= settled + window]
     after = [sample for sample in samples if sample.seconds >= end - window]
     if not before or before[-1].seconds >= after[0].seconds:
         raise ValueError(
-            f"{end:.0f} seconds are too few to compare {window:.0f} after the first {settled:.0f} with the last {window:.0f}"
+            f"{end:.0f} seconds are too short to compare the {window:.0f} seconds after the first {settled:.0f} with the last "
+            f"{window:.0f}"
         )
     figures: dict[str, Any] = {}
     for name in ("memory", "allocated", "resets", "blocks", *COUNTS):
@@ -202,11 +202,11 @@ def judge(samples: list[Sample], settled: float, window: float, lost: float) -> 
     figures["growth"] = (last - figures["lost_in_resets"]) / first - 1
     wrong = []
     if abs(figures["growth"]) >= TOLERANCE:
-        wrong.append(f"resident memory has changed by {figures['growth']:+.1%} without what resets have lost")
+        wrong.append(f"resident memory changed by {figures['growth']:+.1%}, excluding the leak in resets")
     for name in COUNTS:
         first, last = figures[name]
         if last > first:
-            wrong.append(f"{name.replace('_', ' ')} went from {first:.0f} to {last:.0f}")
+            wrong.append(f"{name.replace('_', ' ')} grew from {first:.0f} to {last:.0f}")
     return figures, wrong
 
 
@@ -230,30 +230,31 @@ def train(folder: Path, minutes: float, every: float) -> list[Sample]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What a page says of a result."""
+    """Summarize a result for docs/benchmarks.md."""
     figures, last = result["figures"], result["samples"][-1]
     before, after = (number / 2**20 for number in figures["memory"])
     counts = "; ".join(f"{name.replace('_', ' ')}: {a:.0f}, then {b:.0f}" for name in COUNTS for a, b in [figures[name]])
     return (
         f"{last['steps']:,} steps on {LANDER} in {last['seconds'] / 60:.0f} minutes. Resident memory is {before:.1f} MiB "
-        f"after {result['settled'] / 60:.0f} minutes and {after:.1f} MiB at the end. Resets of the environment alone lose "
-        f"{figures['lost_in_resets'] / 2**20:.1f} MiB of that: {figures['growth']:+.2%} without these. {counts.capitalize()}."
+        f"after {result['settled'] / 60:.0f} minutes and {after:.1f} MiB at the end. Resets of the environment leak "
+        f"{figures['lost_in_resets'] / 2**20:.1f} MiB; without them, the change is {figures['growth']:+.2%}. "
+        f"{counts.capitalize()}."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--every", type=float, default=10.0, help="seconds between two looks")
-    parser.add_argument("--page", action="store_true", help="fill docs/benchmarks.md from the result that is there")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between samples")
+    parser.add_argument("--page", action="store_true", help="only update docs/benchmarks.md, from the existing result")
     arguments = parser.parse_args()
     if arguments.page:
         return fill(PAGE, "soak", summary(json.loads(RESULT.read_text())))
     if not (arguments.minutes > 0 and arguments.every > 0):
-        parser.error("--minutes and --every must be above 0")
+        parser.error("--minutes and --every must be positive")
     th.set_num_threads(1)
     lost = lost_in_a_reset()
-    print(f"A reset of the environment alone loses {lost:,.0f} bytes", flush=True)
+    print(f"A reset of the environment alone leaks {lost:,.0f} bytes", flush=True)
     settled = min(300.0, 20 * arguments.minutes)
     with tempfile.TemporaryDirectory() as folder:
         samples = train(Path(folder), arguments.minutes, arguments.every)
@@ -263,9 +264,9 @@ def main() -> None:
     print(summary(json.loads(RESULT.read_text())))
     fill(PAGE, "soak", summary(json.loads(RESULT.read_text())))
     if wrong:
-        print(f"It does not hold: {'; '.join(wrong)}")
+        print(f"Leak detected: {'; '.join(wrong)}")
         raise SystemExit(1)
-    print("It holds: memory, open files, processes and threads do not grow")
+    print("No leak: memory, open files, processes and threads do not grow")
 
 
 if __name__ == "__main__":

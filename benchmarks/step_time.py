@@ -1,11 +1,10 @@
 """
-Where does the time of one environment step go? A stacked bar for REINFORCE and for A2C.
+Measure where the time of one environment step is spent, and plot it as a stacked bar for REINFORCE and A2C.
 
     python -m benchmarks.step_time
 
-Wraps a clock around each part of `learn()`, from the environment outwards; what a part takes is its own clock less those
-inside it, so that all parts together are the time of the step. Writes ``results/step_time.json`` and
-``docs/images/step_time.png``.
+Wrap a clock around each part of `learn()`. A clock excludes the parts that it encloses, so that all parts add up to the time
+of the step. Write ``results/step_time.json`` and ``docs/images/step_time.png``.
 """
 
 import time
@@ -24,19 +23,19 @@ from sb3_reinforce.episodes.acting import Actor
 
 N_STEPS = 12_000
 REPEATS = 5
-#: In the order of the bar; the rest is the loop of the algorithm itself
+#: Parts of a step in the order of the bar. The rollout loop is the remaining time
 PARTS = ("environment", "wrappers and Monitor", "VecEnv", "acting", "callbacks", "buffer", "update", "rollout loop")
 
 
 class Clocks:
-    """Seconds spent within functions, by name, without what is spent in clocked functions that they call."""
+    """Measure the seconds spent in functions, by part, excluding clocked functions that they call."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.inner: list[float] = [0.0]
 
     def wrap(self, owner: Any, method: str, part: str) -> None:
-        """Let a method of an object (or of a class, for all of its objects) be clocked."""
+        """Replace a method of an object or a class by its clocked version."""
         function = getattr(owner, method)
         setattr(owner, method, self.clocked(function, part))
 
@@ -55,7 +54,7 @@ class Clocks:
 
 
 def measure(model: Any) -> dict[str, float]:
-    """Microseconds of one environment step, by part."""
+    """Measure the microseconds of one environment step, by part."""
     clocks, callback = Clocks(), Nothing()
     model.learn(1, callback=callback)
     for env in model.env.envs:
@@ -74,7 +73,7 @@ def measure(model: Any) -> dict[str, float]:
         clocks.wrap(model.policy, "forward", "acting")
     before = model.num_timesteps
     started = time.perf_counter()
-    # There is a new actor for every rollout
+    # Patch the class, because each rollout creates a new actor
     with patch.object(Actor, "__call__", clocks.clocked(Actor.__call__, "acting")):
         model.learn(N_STEPS, callback=callback, reset_num_timesteps=False)
     seconds = time.perf_counter() - started
@@ -96,7 +95,7 @@ def plot(result: dict[str, dict[str, float]]) -> None:
         axes.barh(names, width, left=left, label=part, color=plt.get_cmap("tab10")(index))
         left += width
     axes.bar_label(axes.containers[-1], labels=[f"{value:.0f}" for value in left], padding=3)  # type: ignore[arg-type]
-    axes.set(xlabel=f"microseconds a step of {LANDER}", xlim=(0, 1.08 * left.max()))
+    axes.set(xlabel=f"microseconds per step of {LANDER}", xlim=(0, 1.08 * left.max()))
     axes.legend(ncols=4, fontsize="small", loc="lower right")
     figure.savefig(IMAGES / "step_time.png", dpi=100)
 

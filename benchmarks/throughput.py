@@ -1,13 +1,13 @@
 """
-How fast is it? Steps a second of `learn()` beside its peers and the environment alone, and what is done in between.
+Compare the speed of `learn()` with other libraries and with the environment alone, and time the code between rollouts.
 
-    python -m benchmarks.throughput                # about ten minutes
-    make peers                                     # once, for the bars of libraries that are not installed here
+    make peers                                     # once, to include the peer libraries
+    python -m benchmarks.throughput
 
-Everything runs in one process on one thread (peers that are not installed: in their own), in turn, several times over. All
-that act take the same actions: samples of a standard Gaussian (or a fair coin), because last layers are zero and so are
-learning rates. Prints the table, writes ``results/throughput.json`` (with every single measurement) and
-``docs/images/throughput.png``, and fills docs/benchmarks.md.
+All measurements are repeated in turn, in one process with one thread (peer libraries use their own process). All algorithms
+sample the same actions, from a standard Gaussian or uniformly, because the last layers are zero and updates are negligible.
+Print the table, write ``results/throughput.json`` (with all measurements) and ``docs/images/throughput.png``, and update
+docs/benchmarks.md.
 """
 
 import argparse
@@ -40,12 +40,12 @@ BANDIT = "bandit"
 STRING = ", from a string"
 OURS, ALONE, TIANSHOU = "REINFORCE", "environment alone", "Tianshou Reinforce"
 
-#: A contestant takes at least so many steps and returns steps a second
+#: Takes at least the given number of steps and returns the steps per second
 Contestant = Callable[[int], float]
 
 
 class RandomImages(gym.Env):
-    """Random images, episodes of 100 steps: an environment that costs nothing beside the network that looks at it."""
+    """Random images and episodes of 100 steps, at a negligible cost compared to the network."""
 
     observation_space = spaces.Box(0, 255, (84, 84, 4), dtype=np.uint8)
     action_space = spaces.Discrete(6)
@@ -61,7 +61,7 @@ class RandomImages(gym.Env):
 
 
 class Bandit(gym.Env):
-    """Episodes of one step: all that is done once an episode is done in every step."""
+    """Episodes of one step, to measure the cost per episode."""
 
     observation_space = spaces.Box(-1, 1, (1,))
     action_space = spaces.Discrete(2)
@@ -74,14 +74,14 @@ class Bandit(gym.Env):
 
 
 class Nothing(BaseCallback):
-    """A user's callback, which does nothing."""
+    """Callback that does nothing."""
 
     def _on_step(self) -> bool:
         return True
 
 
 class BetweenRollouts(BaseCallback):
-    """Measures how long it takes from the last step of a rollout to the first moment of the next."""
+    """Measure the time from the last step of a rollout to the start of the next one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class BetweenRollouts(BaseCallback):
 
 
 def environment_alone(env_id: str) -> Contestant:
-    """The loop that no algorithm can be faster than."""
+    """Step the environment without an algorithm: the upper limit of the speed."""
     env = gym.make(env_id)
 
     def run(n_steps: int) -> float:
@@ -121,7 +121,7 @@ def environment_alone(env_id: str) -> Contestant:
 
 
 def make_model(cls: type[OnPolicyAlgorithm], env: Any, n_steps: int, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
-    """A model that acts as good as at random whatever it learns, and logs to nothing."""
+    """Create a model with random actions, negligible updates and no log."""
     step: dict[str, Any] = dict(target_kl=1e-4) if issubclass(cls, REINFORCE) else dict(learning_rate=0.0)
     model: Any = cls(policy, env, n_steps=n_steps, seed=0, device="cpu", **step, **kwargs)
     with th.no_grad():
@@ -133,7 +133,7 @@ def make_model(cls: type[OnPolicyAlgorithm], env: Any, n_steps: int, policy: str
 
 
 def learning(model: OnPolicyAlgorithm) -> Contestant:
-    """``learn()``, after one iteration to get warm."""
+    """Measure ``learn()``, after one iteration of warm-up."""
     model.learn(1, callback=Nothing())
 
     def run(n_steps: int) -> float:
@@ -145,7 +145,7 @@ def learning(model: OnPolicyAlgorithm) -> Contestant:
 
 
 def tianshou(n_envs: int) -> Contestant:
-    """Tianshou in its own environment."""
+    """Measure Tianshou in the virtual environment of the peers."""
 
     def run(n_steps: int) -> float:
         return float(common.tianshou("speed", LANDER, n_envs, n_steps))
@@ -160,7 +160,7 @@ def vec_env(env_id: str, n_envs: int) -> VecEnv:
 
 
 def make_contestants() -> dict[tuple[str, int], dict[str, Contestant]]:
-    """By environment and number of environments, which are in a ``DummyVecEnv`` unless the name says otherwise."""
+    """Create the contestants, by environment and number of environments (in a ``DummyVecEnv`` unless named otherwise)."""
     contestants: dict[tuple[str, int], dict[str, Contestant]] = {
         (LANDER, 1): {
             ALONE: environment_alone(LANDER),
@@ -189,12 +189,12 @@ def make_contestants() -> dict[tuple[str, int], dict[str, Contestant]]:
         for n_envs in (1, 8):
             contestants[LANDER, n_envs][TIANSHOU] = tianshou(n_envs)
     else:
-        print(f"Tianshou is left out: there is no {PEERS} (make peers)")
+        print(f"Skipping Tianshou: {PEERS} does not exist (run: make peers)")
     return contestants
 
 
 def measure_update(repeats: int) -> list[float]:
-    """Share of the time of an iteration that is not spent in its rollout."""
+    """Measure the share of an iteration that is not spent in its rollout."""
     model = make_model(REINFORCE, gym.make(LANDER), 3000)
     shares = []
     for _ in range(repeats):
@@ -206,7 +206,7 @@ def measure_update(repeats: int) -> list[float]:
 
 
 def measure_returns(repeats: int) -> tuple[list[float], float]:
-    """Seconds for returns and advantages of a million transitions in 5,000 episodes, and peak memory over the arrays' own."""
+    """Measure the seconds and the relative peak memory of the returns and advantages of a million transitions."""
     rng = np.random.default_rng(0)
     rewards, values = rng.normal(size=(2, 1_000_000))
     starts = np.zeros(len(rewards), dtype=bool)
@@ -231,7 +231,7 @@ def measure_returns(repeats: int) -> tuple[list[float], float]:
 
 
 def measure_baseline(repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds to fit the baseline to 100,000 x 348, and for NumPy's least squares on the normal equations of the same."""
+    """Measure the seconds of fitting the baseline to 100,000 x 348 features, and of NumPy's least squares."""
     rng = np.random.default_rng(0)
     features, returns = rng.normal(size=(100_000, 348)), rng.normal(size=100_000)
     baseline = LinearBaseline(348)
@@ -252,7 +252,7 @@ def medians(rates: dict[str, list[float]]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: what was aimed at, and what was measured."""
+    """Create a Markdown table of targets and measurements."""
     speed = {tuple(key.rsplit(" x", 1)): medians(rates) for key, rates in result["steps_per_second"].items()}
 
     def ratio(env: str, n_envs: int, ours: str, theirs: str) -> float:
@@ -273,17 +273,17 @@ def table(result: dict[str, Any]) -> str:
         (f"CnnPolicy, 8 environments of {IMAGE_ENV}, times A2C", "at least 1", ratio(IMAGE_ENV, 8, OURS, "A2C")),
         ("time between rollouts, share of the iteration", "at most 0.15", np.median(result["update_share"])),
         ("returns and advantages of 1 million transitions, seconds", "at most 0.2", np.median(result["returns_seconds"])),
-        ("memory for that, over the arrays' own", "at most 3", result["returns_memory"]),
-        ("baseline fit, 100,000 x 348, over `numpy.linalg.lstsq` on its normal equations", "at most 1.5", fit),
+        ("peak memory of these, relative to the arrays", "at most 3", result["returns_memory"]),
+        ("baseline fit, 100,000 x 348, relative to `numpy.linalg.lstsq` on the normal equations", "at most 1.5", fit),
     ]
     if TIANSHOU in speed[LANDER, "1"]:
         rows.insert(4, ("1 lander, times Tianshou's Reinforce", "", ratio(LANDER, 1, OURS, TIANSHOU)))
-    lines = [f"| {what} | {aim} | {value:.3g} |" for what, aim, value in rows]
-    return "\n".join(["| what | aim | measured |", "| --- | --- | --- |", *lines])
+    lines = [f"| {metric} | {target} | {value:.3g} |" for metric, target, value in rows]
+    return "\n".join(["| metric | target | measured |", "| --- | --- | --- |", *lines])
 
 
 def plot(result: dict[str, Any]) -> None:
-    """Share of the speed of the environment alone, for one and for eight landers."""
+    """Plot the speed relative to the environment alone, for one and eight landers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -297,14 +297,16 @@ def plot(result: dict[str, Any]) -> None:
         shares = [np.median(rates[name]) / alone for name in names]
         colors = ["tab:blue" if name.startswith(OURS) else "tab:gray" for name in names]
         axes.bar_label(axes.barh(names, shares, color=colors), fmt="%.2f", padding=3)
-        axes.set(title=f"{n_envs} environment{'s' * (n_envs > 1)}", xlabel="share of the environment's own speed", xlim=(0, 1))
+        axes.set(
+            title=f"{n_envs} environment{'s' * (n_envs > 1)}", xlabel="speed relative to the environment alone", xlim=(0, 1)
+        )
     figure.savefig(IMAGES / "throughput.png", dpi=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=6000, help="steps of one measurement, at least")
+    parser.add_argument("--steps", type=int, default=6000, help="minimum number of steps per measurement")
     arguments = parser.parse_args()
     th.set_num_threads(1)
 

@@ -1,27 +1,27 @@
 """
-How noisy is the policy gradient, with each advantage function and each baseline?
+Measure the variance and bias of the policy gradient, for each advantage function and baseline.
 
-    python -m benchmarks.variance                  # a few minutes; the picture and the table alone once all is measured
+    python -m benchmarks.variance
 
-For each environment, a policy is trained with the constructor's defaults until its training episodes return something between
-bad and solved, and frozen. It then collects batches of five episodes. The gradient of a batch is the sum over its transitions
-of ``grad log pi(a|s) A``, divided by the number of episodes, without normalization of the advantages ``A``. All variants see
-the same batches. Critics are "fresh", fitted to the very batch that they judge; or "old", fitted to the batch before, and
-nothing else; or have a "memory" of all batches before, which fade as with the constructor's defaults. At time-outs, all
-variants add the value that the baseline of the trained model has of the last observation, as the model did in training.
+For each environment, train a policy with the default hyperparameters until it is half-trained (see ``TARGETS``), and freeze
+it. Then collect batches of five episodes. The gradient of a batch is the sum over its transitions of ``grad log pi(a|s) A``,
+divided by the number of episodes, without normalization of the advantages ``A``. All variants use the same batches. Critics
+are "fresh" (fitted to the batch that they evaluate), "old" (fitted to the previous batch only), or have a "memory" (fitted to
+all previous batches, with the default decay). At timeouts, all variants add the trained baseline's value of the last
+observation.
 
-Three figures for each variant, each with a 95 % percentile bootstrap interval over batches:
+Each variant has three figures, with 95% percentile bootstrap intervals over batches:
 
-- total variance, the trace of the covariance matrix of the gradient, relative to Monte-Carlo without a baseline;
-- signal-to-noise ratio of one batch, the squared norm of the mean gradient over the total variance;
-- cosine between the mean gradient and that of unbiased Monte-Carlo, for which stands ``REFERENCE``.
+- total variance: trace of the covariance matrix of the gradient, relative to Monte-Carlo without a baseline;
+- signal-to-noise ratio of one batch: squared norm of the mean gradient, divided by the total variance;
+- cosine between the mean gradient and the unbiased Monte-Carlo gradient (``REFERENCE``).
 
-All are made of scalar products of the gradients of different batches, whose means are unbiased: the noise of a mean gradient
-has no part in its norm. So the estimate of a cosine may be above 1. In a resample, copies of a batch are no different batches.
-The bootstrap takes batches for independent. With critics they are not quite: what is in one is also in the next one's critic.
+All figures are computed from scalar products of gradients of different batches, whose means are unbiased. An estimated cosine
+can therefore be above 1. Copies of a batch in a resample do not count as different batches. The bootstrap assumes independent
+batches, which is an approximation for critics that are fitted to previous batches.
 
-Writes ``results/variance.json`` (environments that are there already are skipped), ``docs/images/variance.png`` and the table
-in ``docs/advantages.md``.
+Write ``results/variance.json``, ``docs/images/variance.png`` and the table in ``docs/advantages.md``. Environments in
+``results/variance.json`` are skipped.
 """
 
 import argparse
@@ -39,25 +39,24 @@ from torch import nn
 
 from benchmarks.common import ADVANTAGES, IMAGES, RESULTS, fill, provenance, write_json
 from benchmarks.throughput import Nothing
-from sb3_reinforce import REINFORCE
+from sb3_reinforce import REINFORCE, EpisodeRolloutBuffer
 from sb3_reinforce.baselines import FEATURE_MAPS, ActionValues, LinearBaseline
-from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.natural_gradient import flatten
 from sb3_reinforce.returns import action_advantages, monte_carlo_advantages, policy_gradient_loss, q_advantages, td_advantages
 
 RESULT = RESULTS / "variance.json"
-#: Mean return of the last 20 training episodes at which training stops
+#: Training stops at this mean return of the last 20 episodes
 TARGETS = {"LunarLanderContinuous-v3": 25.0, "CartPole-v1": 75.0}
 SEED = 0
-#: The weight of earlier batches that the constructor gives them
+#: Default weight of previous batches
 MEMORY = inspect.signature(REINFORCE).parameters["baseline_memory"].default
-#: Batches that are there for the critics alone
+#: Number of batches that are only used to fit the critics
 WARM_UP = 10
 N_RESAMPLES = 2000
 
 
 class Variant(NamedTuple):
-    """An advantage function, what its critics are linear in, and what these were fitted to: "fresh", "old" or "memory"."""
+    """Advantage function, features of its critics, and the data they are fitted to: "fresh", "old" or "memory"."""
 
     advantage: str
     critic: str = ""
@@ -66,13 +65,13 @@ class Variant(NamedTuple):
 
 NO_BASELINE = Variant("monte_carlo")
 REFERENCE = Variant("monte_carlo", "random_features", "memory")
-#: What the table says of the batch that the critics were fitted to
-FITTED = {"": "", "fresh": "the same batch", "old": "the batch before", "memory": "all batches before, fading"}
+#: Descriptions of the data that the critics are fitted to
+FITTED = {"": "", "fresh": "the same batch", "old": "the previous batch", "memory": "all previous batches, decaying"}
 COLORS = {"monte_carlo": "tab:blue", "q": "tab:red", "advantage": "tab:green", "td": "tab:orange"}
 
 
 class Constant(nn.Module):
-    """One feature that never changes. What is fitted to it is the mean return."""
+    """Constant feature: the fit is the mean return."""
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         return features.new_ones(len(features), 1)
@@ -80,19 +79,19 @@ class Constant(nn.Module):
 
 class Critics:
     """
-    The critics of states and of actions on one feature map.
+    State-value and action-value critics on the same features.
 
-    :param name: of the feature map, or "mean"
-    :param n_features: of a state
+    :param name: name of the feature map, or "mean"
+    :param n_features: number of state features
     :param action_space: action space
-    :param memory: see ``LinearBaseline``
+    :param memory: weight of previous batches, see ``LinearBaseline``
     """
 
     def __init__(self, name: str, n_features: int, action_space: spaces.Space, memory: float = 0.0):
         self.name = name
         self.memory = memory
         feature_map, ridge = FEATURE_MAPS.get(name, (None, 0.0))
-        # With and without memory, the random features are the same
+        # Use the same random features with and without memory
         th.manual_seed(SEED)
         self.map: Any = feature_map(n_features) if feature_map is not None else nn.Identity()
         if name == "mean":
@@ -101,7 +100,7 @@ class Critics:
         self.action_values = ActionValues(self.values.n_features, action_space, ridge=ridge, memory=memory)
 
     def predict(self, features: th.Tensor, actions: th.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """:return: (n_transitions,) values of the states, and of the actions in them"""
+        """Return (n_transitions,) state values and action values."""
         mapped = self.map(features)
         values = self.values.predict(mapped), self.action_values.predict(mapped, actions)
         return values[0].numpy().flatten(), values[1].numpy().flatten()
@@ -113,7 +112,7 @@ class Critics:
 
 
 def half_trained(env_id: str) -> REINFORCE:
-    """A model with the constructor's defaults, trained batch by batch until its training episodes return the target."""
+    """Train a model with the default hyperparameters until its training episodes reach the target."""
     model = REINFORCE("MlpPolicy", env_id, seed=SEED, device="cpu", stats_window_size=20)
     returns = [-np.inf]
     while len(returns) < 20 or np.mean(returns) < TARGETS[env_id]:
@@ -123,19 +122,19 @@ def half_trained(env_id: str) -> REINFORCE:
 
 
 def batches(model: REINFORCE, n_batches: int) -> Iterator[EpisodeRolloutBuffer]:
-    """Batches of a model that does not learn from them."""
+    """Collect batches without training the model."""
     callback = Nothing()
     callback.init_callback(model)
     assert model.env is not None and model.n_episodes is not None
     for _ in range(n_batches):
         model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
-        # As train() does: other episodes
+        # Continue with new episodes, as train() does
         model._next_episode += model.n_episodes
         yield model.rollout_buffer
 
 
 def judge(buffer: EpisodeRolloutBuffer, critics: Critics, features: th.Tensor, fitted: str) -> dict[Variant, np.ndarray]:
-    """The advantages of a batch by all functions; of "mean", which says nothing of actions or next states, by one."""
+    """Compute the advantages of a batch with all advantage functions (only Monte-Carlo with "mean")."""
     name = critics.name
     values, action_values = critics.predict(features, th.as_tensor(buffer.actions))
     advantages = {Variant("monte_carlo", name, fitted): monte_carlo_advantages(buffer.returns, values)}
@@ -148,7 +147,7 @@ def judge(buffer: EpisodeRolloutBuffer, critics: Critics, features: th.Tensor, f
 
 
 def all_advantages(buffer: EpisodeRolloutBuffer, critics: list[Critics], features: th.Tensor) -> dict[Variant, np.ndarray]:
-    """The advantages of a batch by all variants. The critics are fitted to it on the way."""
+    """Compute the advantages of a batch for all variants, and fit the critics to the batch."""
     advantages = {NO_BASELINE: monte_carlo_advantages(buffer.returns, np.zeros(buffer.size()))}
     for pair in critics:
         advantages |= judge(buffer, pair, features, "memory" if pair.memory else "old")
@@ -160,9 +159,9 @@ def all_advantages(buffer: EpisodeRolloutBuffer, critics: list[Critics], feature
 
 def gradients(model: REINFORCE, advantages: list[np.ndarray]) -> np.ndarray:
     """
-    The policy gradient of the batch in the buffer, per episode, with each of some advantages.
+    Compute the policy gradient per episode of the batch in the buffer, for several advantages.
 
-    :param advantages: (n_transitions,) each
+    :param advantages: arrays of shape (n_transitions,)
     :return: (n_variants, n_parameters) float32
     """
     buffer, policy = model.rollout_buffer, model.policy
@@ -172,7 +171,7 @@ def gradients(model: REINFORCE, advantages: list[np.ndarray]) -> np.ndarray:
     _, log_prob, _ = policy.evaluate_actions(
         batch.observations, batch.actions.long().flatten() if is_discrete else batch.actions
     )
-    # The loss is a mean over transitions
+    # The loss is averaged over transitions
     per_episode = buffer.size() / buffer.episode_starts.sum()
     result = []
     for weights in advantages:
@@ -183,10 +182,10 @@ def gradients(model: REINFORCE, advantages: list[np.ndarray]) -> np.ndarray:
 
 def pair_mean(products: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """
-    Mean of products over pairs of different batches.
+    Average products over pairs of different batches.
 
-    :param products: (n, n) one for each pair of batches
-    :param counts: (n_resamples, n) how often each batch is in each resample
+    :param products: (n, n) products of each pair of batches
+    :param counts: (n_resamples, n) count of each batch in each resample
     :return: (n_resamples,)
     """
     squares = counts**2
@@ -196,34 +195,34 @@ def pair_mean(products: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def moments(gram: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Unbiased estimates of the squared norm of the mean gradient, and of the trace of the covariance matrix.
+    Estimate the squared norm of the mean gradient and the trace of its covariance matrix, without bias.
 
     :param gram: (n, n) scalar products of the gradients of n batches
-    :param counts: (n_resamples, n) how often each batch is in each resample
+    :param counts: (n_resamples, n) count of each batch in each resample
     :return: (n_resamples,) each
     """
     squared_mean = pair_mean(gram, counts)
-    # The trace is the mean over pairs of different batches of half the squared difference
+    # The trace is half the mean squared difference of different batches
     norms = np.broadcast_to(np.diag(gram), gram.shape)
     return squared_mean, pair_mean((norms + norms.T) / 2, counts) - squared_mean
 
 
 def resamples(n_batches: int, n_resamples: int = N_RESAMPLES) -> np.ndarray:
-    """(1 + n_resamples, n_batches) how often each batch is in each resample; the first is the batches themselves."""
+    """Return (1 + n_resamples, n_batches) counts of each batch. The first row is the original sample."""
     drawn = np.random.default_rng(0).multinomial(n_batches, np.full(n_batches, 1 / n_batches), size=n_resamples)
     return np.vstack([np.ones(n_batches), drawn])
 
 
 def estimate(values: np.ndarray) -> list[float]:
-    """The value of the batches themselves, and the bounds of its 95 % bootstrap interval."""
+    """Return the value of the original sample and the bounds of its 95% bootstrap interval."""
     return [float(f"{value:.4g}") for value in (values[0], *np.nanpercentile(values[1:], [2.5, 97.5]))]
 
 
 def summary(of_variant: dict[Variant, np.ndarray]) -> list[dict[str, Any]]:
     """
-    The figures of each variant.
+    Compute the figures of each variant.
 
-    :param of_variant: (n_batches, n_parameters) gradients, of the same batches
+    :param of_variant: (n_batches, n_parameters) gradients of each variant, for the same batches
     """
     reference, unit = (of_variant[variant].astype(np.float64) for variant in (REFERENCE, NO_BASELINE))
     counts = resamples(len(unit))
@@ -234,7 +233,7 @@ def summary(of_variant: dict[Variant, np.ndarray]) -> list[dict[str, Any]]:
         gradient = of_variant[variant].astype(np.float64)
         signal, variance = moments(gradient @ gradient.T, counts)
         snr = estimate(signal / variance)
-        # A mean that cannot be told from 0 has no direction
+        # The direction of a mean close to 0 is undefined
         cosine = None
         if variant != REFERENCE and snr[1] > 0:
             with np.errstate(invalid="ignore"):
@@ -253,7 +252,7 @@ def summary(of_variant: dict[Variant, np.ndarray]) -> list[dict[str, Any]]:
 
 
 def measure(env_id: str, n_batches: int) -> dict[str, Any]:
-    """Train a policy, and measure its gradient."""
+    """Train a policy and measure the variance of its gradient."""
     model = half_trained(env_id)
     n_steps = model.num_timesteps
     n_features = model.policy.features_dim
@@ -297,7 +296,7 @@ def measure(env_id: str, n_batches: int) -> dict[str, Any]:
     )
 
 
-#: How what the critics were fitted to looks in the picture
+#: Offsets and markers of the plot, by the data that the critics are fitted to
 OFFSETS = {"fresh": 0.2, "memory": -0.2}
 MARKERS: dict[str, dict[str, Any]] = {
     "old": dict(marker="o", markersize=5),
@@ -321,14 +320,14 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
     )
     names: list[str] = []
     for column, (env_id, result) in enumerate(results.items()):
-        panels[0, column].set_title(f"{env_id}, a policy that returns {result['mean_return']:.0f}")
+        panels[0, column].set_title(f"{env_id}, mean return {result['mean_return']:.0f}")
         for row in result["variants"]:
             variant = Variant(row["advantage"], row["critic"], row["fitted"])
             names += [] if label(variant) in names else [label(variant)]
             height = names.index(label(variant)) + OFFSETS.get(variant.fitted, 0.0)
             color = COLORS[variant.advantage]
             for axes, name in zip(panels[:, column], ("relative_variance", "snr"), strict=True):
-                # What cannot be told from 0 goes to the edge of the logarithmic axis
+                # Clip values that the logarithmic axis cannot show
                 value, low, high = np.maximum(row[name], 1e-9)
                 axes.plot([low, high], [height, height], color=color, linewidth=1.5)
                 axes.plot(value, height, color=color, **MARKERS[variant.fitted or "old"])
@@ -347,12 +346,12 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
 
 
 def number(value: float) -> str:
-    """Two digits, or all before the decimal point."""
+    """Format with two significant digits, without decimals from 100 on."""
     return f"{value:.0f}" if abs(value) >= 99.5 else f"{value:.2g}"
 
 
 def cell(figures: list[float] | None, as_text: Callable[[float], str] = number) -> str:
-    """``value [low, high]``; of a direction, nothing where there is none."""
+    """Format ``value [low, high]``, or nothing if the value is undefined."""
     if figures is None:
         return ""
     value, low, high = (as_text(figure) for figure in figures)
@@ -360,9 +359,9 @@ def cell(figures: list[float] | None, as_text: Callable[[float], str] = number) 
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """What was measured, then a row for each variant, with three figures for each environment."""
+    """List the policies, and create a table with one row per variant and three figures per environment."""
     lines = [
-        f"- {env_id}: a policy after {result['training_steps']:,} steps (seed {result['seed']}) returns "
+        f"- {env_id}: policy after {result['training_steps']:,} training steps (seed {result['seed']}), mean return "
         f"{result['mean_return']:.0f}; {result['batches']:,} batches of 5 episodes, {result['transitions']:,} transitions."
         for env_id, result in results.items()
     ]
@@ -381,7 +380,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--batches", type=int, default=500)
-    parser.add_argument("--figures", action="store_true", help="only the picture and the table, of what is there")
+    parser.add_argument("--figures", action="store_true", help="only create the figure and the table, from existing results")
     arguments = parser.parse_args()
     th.set_num_threads(1)
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {}

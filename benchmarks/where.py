@@ -1,17 +1,16 @@
 """
-Where to choose REINFORCE, and where not: small tasks, each with a trait that decides, beside SB3's A2C and PPO.
+Compare REINFORCE with SB3's A2C and PPO on small tasks that favor different algorithms.
 
-    python -m benchmarks.where                              # a quarter of an hour; runs that are there already are skipped
+    python -m benchmarks.where                              # existing runs are skipped
     python -m benchmarks.where --tasks catch --seeds 8000
-    python -m benchmarks.figures                            # the pictures and tables of docs/where.md
+    python -m benchmarks.figures                            # generate the figures and tables of docs/where.md
 
-All algorithms get the same number of steps. Their settings are the defaults of REINFORCE and of SB3, and those that
-``TASKS`` names: the advice of docs/settings.md, RL Zoo's for CartPole-v1, and rollouts shorter or longer than an episode.
-Every so many steps the deterministic policy is evaluated on environments that training never sees, and at the end over more
-episodes. The return in training is that of the sampled actions, over the last 100 episodes. Seconds are those of the
-processor, without evaluations.
+All algorithms train for the same number of steps. They use their default hyperparameters, except for the ones in ``TASKS``:
+recommendations of docs/settings.md, RL Zoo's hyperparameters for CartPole-v1, and rollouts shorter or longer than an episode.
+The deterministic policy is evaluated regularly on separate environments, and over more episodes after training. The training
+return is the mean return of the last 100 episodes, with sampled actions. Seconds are CPU time without evaluations.
 
-One JSON a run, in ``results/where/TASK/ALGORITHM/seed_K.json``.
+Write one JSON file per run, ``results/where/TASK/ALGORITHM/seed_K.json``.
 """
 
 import argparse
@@ -34,14 +33,13 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.common import RESULTS, provenance, run_all, write_json
 from benchmarks.learning import EVALUATION_SEED, evaluate, seeds
-from sb3_reinforce import REINFORCE
-from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
+from sb3_reinforce import REINFORCE, EpisodeVecEnv
 
 FOLDER = RESULTS / "where"
 
 
 class Delayed(gym.Wrapper):
-    """Pays all rewards of an episode with its last step."""
+    """Delay all rewards to the last step of the episode."""
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         self.total = 0.0
@@ -54,7 +52,7 @@ class Delayed(gym.Wrapper):
 
 
 class Treasure(gym.Env):
-    """A grid with three coins and an exit, worth 1 each. The exit ends the episode; the observation has the coins left."""
+    """Grid with three coins and an exit, worth 1 each. The exit ends the episode; the observation has the remaining coins."""
 
     size = 7
     coins = ((1, 4), (5, 2), (4, 5))
@@ -83,7 +81,7 @@ class Treasure(gym.Env):
 
 
 class Bandit(gym.Env):
-    """A contextual bandit, an episode of one step: rewards are linear in the context, and as noisy as they vary."""
+    """Contextual bandit (episodes of one step), with rewards linear in the context plus noise of the same scale."""
 
     weights = np.random.default_rng(0).normal(0, 8**-0.5, size=(5, 8))
 
@@ -102,7 +100,7 @@ class Bandit(gym.Env):
 
 
 class Catch(gym.Env):
-    """Images of a falling ball, and of a paddle that moves by a cell a step. Five balls an episode, worth 1 each."""
+    """Images of a falling ball and a paddle that moves by one cell per step. Five balls per episode, worth 1 each."""
 
     cells, scale, balls = 6, 6, 5
 
@@ -137,7 +135,7 @@ class Catch(gym.Env):
 
 
 class Track(gym.Env):
-    """A mass that is pushed after a target, which jumps now and then. It pays its nearness, with noise, each step."""
+    """Push a mass towards a target that jumps at random. The reward is the proximity to the target, plus noise."""
 
     jumps = 0.02
 
@@ -177,7 +175,7 @@ def track() -> gym.Env:
 
 
 class Algorithm(NamedTuple):
-    """What learns, on how many environments, with which arguments that are no defaults."""
+    """Algorithm, number of environments and non-default arguments."""
 
     cls: type[BaseAlgorithm]
     n_envs: int = 1
@@ -185,20 +183,20 @@ class Algorithm(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is learned, by whom. The first algorithm is the one that the others are compared with."""
+    """Task and algorithms to compare. The first algorithm is the reference."""
 
     env: Callable[[], gym.Env]
     timesteps: int
     algorithms: dict[str, Algorithm]
     policy: str = "MlpPolicy"
-    #: Episodes of an evaluation, and of the one at the end
+    #: Number of episodes per evaluation, and of the final evaluation
     n_episodes: int = 10
     n_final: int = 100
 
 
-#: With less, a reward at the end of a long episode is worth nothing at its beginning. The same for all
+#: A long horizon for rewards at the end of an episode, for all algorithms
 FAR = dict(gamma=0.999)
-#: SB3's 2048 steps a rollout, by eight environments
+#: SB3's default of 2048 steps per rollout, with eight environments
 PPO_8 = Algorithm(PPO, 8, dict(n_steps=256, batch_size=256))
 TASKS = {
     "delayed-cartpole": Task(
@@ -207,7 +205,7 @@ TASKS = {
         {
             "reinforce": Algorithm(REINFORCE, 1, FAR),
             "a2c": Algorithm(A2C, 8, FAR),
-            # RL Zoo's settings, but for gamma
+            # RL Zoo's hyperparameters, except for gamma
             "ppo": Algorithm(
                 PPO,
                 8,
@@ -221,7 +219,7 @@ TASKS = {
                     **FAR,
                 ),
             ),
-            # Monte-Carlo, too
+            # Monte-Carlo returns
             "ppo-long": Algorithm(PPO, 4, dict(n_steps=512, batch_size=256, gae_lambda=1.0, **FAR)),
         },
     ),
@@ -264,11 +262,11 @@ TASKS = {
 
 class Evaluations(BaseCallback):
     """
-    Evaluates the deterministic policy between rollouts, from the untrained one on, off the clock of the processor.
+    Evaluate the deterministic policy before training and between rollouts, without counting the CPU time.
 
-    :param env: to evaluate on
-    :param every: steps from one evaluation to the next
-    :param n_episodes: of one evaluation
+    :param env: evaluation environments
+    :param every: number of steps between evaluations
+    :param n_episodes: number of episodes per evaluation
     """
 
     def __init__(self, env: VecEnv, every: int, n_episodes: int):
@@ -285,7 +283,7 @@ class Evaluations(BaseCallback):
         if self.num_timesteps < self.next:
             return
         stopped = time.process_time()
-        # The same episodes each time: what changes is the policy
+        # Evaluate on the same episodes each time
         self.env.seed(EVALUATION_SEED)
         mean = float(np.mean(evaluate(self.model, self.env, self.n_episodes)))
         self.points.append(
@@ -303,7 +301,7 @@ def make_model(task: Task, algorithm: Algorithm, seed: int) -> BaseAlgorithm:
 
 
 def evaluation_env(task: Task) -> VecEnv:
-    """Ten environments. Made anew, they go through the same episodes."""
+    """Create ten evaluation environments, which always run the same episodes."""
     return make_vec_env(task.env, 10, EVALUATION_SEED, vec_env_cls=EpisodeVecEnv)
 
 
@@ -337,7 +335,7 @@ def run(task_name: str, name: str, seed: int, arguments: argparse.Namespace) -> 
 
 
 def describe(algorithm: Algorithm) -> str:
-    """The settings that are no defaults, as the constructors take them."""
+    """Format the non-default arguments."""
     parts = [f"{algorithm.n_envs} envs"] if algorithm.n_envs > 1 else []
     parts += [f"{key}={f'lin_{value.start:g}' if callable(value) else value}" for key, value in algorithm.kwargs.items()]
     return ", ".join(parts) or "defaults"
@@ -347,8 +345,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=seeds, default="8000-8004")
-    parser.add_argument("--timesteps", type=int, help="if not those of the task")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, each with one thread")
+    parser.add_argument("--timesteps", type=int, help="number of training steps (default: from the task)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel processes, with one thread each")
     arguments = parser.parse_args()
     missing = [
         (task, name, seed, arguments)

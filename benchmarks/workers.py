@@ -1,11 +1,11 @@
 """
-What workers are worth: transitions a second of `learn()` with one, two and many, and what a batch costs beyond its episodes.
+Measure the speed of `learn()` with one, two and many workers, and the overhead per batch.
 
-    python -m benchmarks.workers                   # ten minutes on two cores
+    python -m benchmarks.workers
 
-Rates are ratios of what is measured in turn in one run, from the second batch on: starting processes is not part of them. On
-the lander all act at random, as in ``benchmarks.throughput``. The curve to 64 workers has threads, and environments that sleep
-instead of computing, so that one core is enough for them; a straight line through it says what bounds a batch. Writes
+All rates are measured in turn, from the second batch on, which excludes the start of processes. On the lander, actions are
+random as in ``benchmarks.throughput``. The curve up to 64 workers uses threads and environments that sleep instead of
+computing, so that one core is enough. A least-squares fit of the curve shows what limits the speed. Write
 ``results/workers.json``, ``docs/images/workers.png`` and the tables in ``docs/scaling.md``.
 """
 
@@ -29,21 +29,21 @@ from benchmarks.throughput import LANDER, environment_alone, make_model
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.episodes.tasks import run_episodes
 from sb3_reinforce.episodes.workers import make_job
-from sb3_reinforce.tools.envpool import EnvPoolVecEnv
+from sb3_reinforce.tools import EnvPoolVecEnv
 
 BATCH = 4000
 N_THREADS = [1, 2, 4, 8, 16, 32, 64]
-#: Seconds of a step of the environment that sleeps, and its episodes in a batch for each of many workers
+#: Seconds per step of the sleeping environment, and number of its episodes per batch and worker
 SLEEP = 0.005
 EPISODES = 8
-#: Mean steps of its episodes, and the most
+#: Mean and maximum length of its episodes
 MEAN_STEPS, MOST_STEPS = 40, 60
-#: Environments of a pool
-MEMBERS = 16
+#: Number of EnvPool environments
+N_ENVS = 16
 
 
 class Sleeper(gym.Env):
-    """Episodes of 20 to 60 steps, each of which takes as long, and no work."""
+    """Episodes of 20 to 60 steps that sleep instead of computing."""
 
     observation_space = spaces.Box(-1, 1, (8,))
     action_space = spaces.Box(-1, 1, (2,))
@@ -60,7 +60,7 @@ class Sleeper(gym.Env):
 
 
 class Clock(BaseCallback):
-    """Transitions a second from the second batch on."""
+    """Measure the transitions per second from the second batch on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Clock(BaseCallback):
 
 
 def lander_rate(workers: int | None, n_steps: int) -> tuple[float, float]:
-    """Transitions a second of REINFORCE on the lander, in batches of 4,000, and what share of them was thrown away."""
+    """Measure the transitions per second of REINFORCE on the lander, and the share of discarded transitions."""
     model = make_model(REINFORCE, LANDER, BATCH, workers=workers)
     discarded = []
 
@@ -93,7 +93,7 @@ def lander_rate(workers: int | None, n_steps: int) -> tuple[float, float]:
 
 
 def sleeper_rate(workers: Any, n_episodes: int) -> float:
-    """Transitions a second of REINFORCE where a step sleeps, in batches of so many episodes."""
+    """Measure the transitions per second of REINFORCE on the sleeping environment."""
     model = REINFORCE("MlpPolicy", Sleeper, n_episodes=n_episodes, seed=0, device="cpu", workers=workers)
     callback = Clock()
     model.learn(4 * n_episodes * MEAN_STEPS, callback=callback)
@@ -101,7 +101,7 @@ def sleeper_rate(workers: Any, n_episodes: int) -> float:
 
 
 def a2c_rate(n_steps: int) -> float:
-    """Transitions a second of A2C with SB3's settings on two processes."""
+    """Measure the transitions per second of A2C with default hyperparameters on two processes."""
     env = make_vec_env(LANDER, 2, env_kwargs=dict(render_mode=None), vec_env_cls=SubprocVecEnv)
     started = time.perf_counter()
     A2C("MlpPolicy", env, seed=0, device="cpu").learn(n_steps)
@@ -111,32 +111,32 @@ def a2c_rate(n_steps: int) -> float:
 
 
 def pool_rate(n_steps: int) -> float:
-    """Steps a second of EnvPool's simulator alone, one thread, all members at once."""
-    env = EnvPoolVecEnv(LANDER, MEMBERS)
-    actions = np.random.default_rng(0).standard_normal((n_steps // MEMBERS, MEMBERS, 2), dtype=np.float32).clip(-1, 1)
-    members = np.arange(MEMBERS, dtype=np.int32)
-    env.pool.reset(members)
+    """Measure the steps per second of EnvPool alone, with one thread and all environments at once."""
+    env = EnvPoolVecEnv(LANDER, N_ENVS)
+    actions = np.random.default_rng(0).standard_normal((n_steps // N_ENVS, N_ENVS, 2), dtype=np.float32).clip(-1, 1)
+    env_ids = np.arange(N_ENVS, dtype=np.int32)
+    env.pool.reset(env_ids)
     started = time.perf_counter()
     for step in actions:
-        _, _, terminated, truncated, _ = env.pool.step(step, members)
-        if len(ends := members[terminated | truncated]):
+        _, _, terminated, truncated, _ = env.pool.step(step, env_ids)
+        if len(ends := env_ids[terminated | truncated]):
             env.pool.reset(ends)
     seconds = time.perf_counter() - started
     env.close()
-    return len(actions) * MEMBERS / seconds
+    return len(actions) * N_ENVS / seconds
 
 
 def pool_learn_rate(n_steps: int) -> float:
-    """Transitions a second of REINFORCE on it, in batches of at least 16,384."""
-    env = EnvPoolVecEnv(LANDER, MEMBERS)
+    """Measure the transitions per second of REINFORCE on EnvPool, in batches of at least 16,384."""
+    env = EnvPoolVecEnv(LANDER, N_ENVS)
     callback = Clock()
-    make_model(REINFORCE, env, 16_384 // MEMBERS).learn(n_steps, callback=callback)
+    make_model(REINFORCE, env, 16_384 // N_ENVS).learn(n_steps, callback=callback)
     env.close()
     return callback.rate()
 
 
 def added_seconds(n_batches: int) -> list[float]:
-    """Seconds from the start of a rollout by one worker to its last step, beyond running the same episodes, batch by batch."""
+    """Measure the overhead of each batch: seconds of a rollout with one worker, minus seconds of its episodes."""
     model = make_model(REINFORCE, LANDER, BATCH, workers=1)
     added: list[float] = []
 
@@ -166,14 +166,14 @@ def added_seconds(n_batches: int) -> list[float]:
 
 def bounds(curve: dict[str, list[float]]) -> tuple[float, float]:
     """
-    What bounds a batch, from rates with W workers and E episodes of T steps each: E T a + W E T b seconds, by least squares.
+    Fit the seconds of a batch with W workers and E episodes of T steps per worker by E T a + W E T b, with least squares.
 
-    :return: a, seconds of a step in a worker, and b, those of a transition in the main process
+    :return: a, the seconds per step in a worker, and b, the seconds per transition in the main process
     """
     n = np.array(N_THREADS, dtype=float)
     steps = n * EPISODES * MEAN_STEPS
     seconds = steps / np.array([np.median(curve[str(w)]) for w in N_THREADS])
-    # Relative errors count
+    # Minimize relative errors
     design = np.column_stack([np.full_like(n, EPISODES * MEAN_STEPS), steps]) / seconds[:, None]
     a, b = np.linalg.lstsq(design, np.ones_like(n), rcond=None)[0]
     return float(a), float(b)
@@ -187,12 +187,12 @@ def plot(curve: dict[str, list[float]]) -> None:
 
     a, b = bounds(curve)
     figure, axes = plt.subplots(figsize=(6, 3.8), constrained_layout=True)
-    axes.plot(N_THREADS, [n / SLEEP for n in N_THREADS], ":", color="gray", label="workers x one that only sleeps")
-    axes.plot(N_THREADS, [1 / (a / n + b) for n in N_THREADS], "--", color="tab:blue", label="the formula")
+    axes.plot(N_THREADS, [n / SLEEP for n in N_THREADS], ":", color="gray", label="linear scaling without overhead")
+    axes.plot(N_THREADS, [1 / (a / n + b) for n in N_THREADS], "--", color="tab:blue", label="fit")
     axes.plot(N_THREADS, [np.median(curve[str(n)]) for n in N_THREADS], "o", color="tab:blue", label="learn()")
-    axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="transitions a second")
+    axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="transitions per second")
     axes.set_xticks(N_THREADS, labels=[str(n) for n in N_THREADS])
-    axes.set_title(f"Steps that sleep {SLEEP * 1000:.0f} ms, {EPISODES} episodes a batch and worker")
+    axes.set_title(f"Steps of {SLEEP * 1000:.0f} ms, {EPISODES} episodes per batch and worker")
     axes.minorticks_off()
     axes.legend()
     figure.savefig(IMAGES / "workers.png", dpi=100)
@@ -206,37 +206,39 @@ def table(result: dict[str, Any]) -> str:
     rows = [
         ("lander: 2 workers, times 1 worker", "at least 1.7", f"{two / one:.2f}"),
         (
-            "an environment that sleeps: 2 workers, times 1 worker",
+            "sleeping environment: 2 workers, times 1 worker",
             "at least 1.9",
             f"{rates['sleeper, 2 workers'] / rates['sleeper, 1 worker']:.2f}",
         ),
-        ("what a batch of 4,000 adds, milliseconds", "at most 15", f"{np.median(result['added']) * 1000:.1f}"),
+        ("overhead of a batch of 4,000, milliseconds", "at most 15", f"{np.median(result['added']) * 1000:.1f}"),
         ("lander: 2 workers, times A2C on `SubprocVecEnv(2)`", "at least 5", f"{two / rates['lander, A2C']:.1f}"),
         ("lander: 1 worker, share of the environment alone", "at least 0.65", f"{one / alone:.2f}"),
         ("lander: no workers, share of the environment alone", "at least 0.65", f"{rates['lander, no workers'] / alone:.2f}"),
-        ("lander: steps thrown away with 2 workers", "", f"{np.median(result['discarded']):.1%}"),
-        (f"EnvPool, {MEMBERS} members: REINFORCE, share of the pool alone", "at least 0.6", f"{rates['EnvPool'] / pool:.2f}"),
+        ("lander: discarded steps with 2 workers", "", f"{np.median(result['discarded']):.1%}"),
+        (f"EnvPool, {N_ENVS} environments: share of EnvPool alone", "at least 0.6", f"{rates['EnvPool'] / pool:.2f}"),
         (
-            f"EnvPool, {MEMBERS} members: REINFORCE, times no workers",
+            f"EnvPool, {N_ENVS} environments: times no workers",
             "",
             f"{rates['EnvPool'] / rates['lander, no workers']:.2f}",
         ),
     ]
-    lines = ["| what | aim | measured |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
-    lines.append(f"\nThe environment alone makes {alone:,.0f} steps a second here, EnvPool's {pool:,.0f} on one thread.")
+    lines = ["| metric | target | measured |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines.append(
+        f"\nThe environment alone runs at {alone:,.0f} steps per second, and EnvPool alone at {pool:,.0f} on one thread."
+    )
     return "\n".join(lines)
 
 
 def paper(curve: dict[str, list[float]]) -> str:
-    """What the formula says of more workers than there were."""
+    """Describe the fit, and its predictions for more workers."""
     a, b = bounds(curve)
     measured = np.median(curve["64"])
     lines = [
-        f"A step takes {a * 1000:.2f} ms in a worker, of which {SLEEP * 1000:.0f} ms are sleep, and a transition "
+        f"A step takes {a * 1000:.2f} ms in a worker, including {SLEEP * 1000:.0f} ms of sleep. A transition takes "
         f"{b * 1e6:.0f} µs in the process that all threads share: acting, merging, callbacks and the update.",
-        f"With 64 workers the formula says {1 / (a / 64 + b):,.0f} transitions a second, and {measured:,.0f} were measured. "
-        f"With 1,000 it says {1 / (a / 1000 + b):,.0f}, {a / (a / 1000 + b):.0f} times one worker: more than {a / b:.0f} "
-        "workers wait for the main process longer than it waits for them.",
+        f"For 64 workers, the fit predicts {1 / (a / 64 + b):,.0f} transitions per second; {measured:,.0f} were measured. For "
+        f"1,000 workers, it predicts {1 / (a / 1000 + b):,.0f}, {a / (a / 1000 + b):.0f} times the speed of one worker. With "
+        f"more than {a / b:.0f} workers, the main process is the bottleneck.",
     ]
     return "\n".join(lines)
 
@@ -244,7 +246,7 @@ def paper(curve: dict[str, list[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60_000, help="of a run on the lander")
+    parser.add_argument("--steps", type=int, default=60_000, help="number of steps per run on the lander")
     arguments = parser.parse_args()
     th.set_num_threads(1)
     measures: dict[str, Any] = {
@@ -267,13 +269,13 @@ def main() -> None:
                 if name == "lander, 2 workers":
                     result["discarded"].append(discarded)
             result["rates"][name].append(rate)
-            print(f"{name}: {rate:,.0f} transitions a second", flush=True)
+            print(f"{name}: {rate:,.0f} transitions per second", flush=True)
         result["added"] += added_seconds(10)
         for n_threads in N_THREADS:
             with ThreadPoolExecutor(n_threads) as executor:
                 rate = sleeper_rate(executor, EPISODES * n_threads)
             result["curve"].setdefault(str(n_threads), []).append(rate)
-            print(f"sleeping, {n_threads} workers: {rate:,.0f} transitions a second", flush=True)
+            print(f"sleeper, {n_threads} workers: {rate:,.0f} transitions per second", flush=True)
     write_json(RESULTS / "workers.json", result)
     plot(result["curve"])
     fill(SCALING, "workers", table(result))

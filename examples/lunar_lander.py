@@ -1,14 +1,14 @@
 """
-Train REINFORCE on LunarLanderContinuous-v3, evaluate it, and leave everything there is to see in one folder.
+Train REINFORCE on LunarLanderContinuous-v3, evaluate it, and write all results to one folder.
 
-    python examples/lunar_lander.py                 # what `make train` runs
+    python examples/lunar_lander.py                 # same as `make train`
     python examples/lunar_lander.py --seed 1 --threshold 280
     python examples/lunar_lander.py --resume runs/LunarLanderContinuous-v3_1
 
-Training ends as soon as an evaluation is good enough. A run that was stopped, or killed, goes on from its last checkpoint with
---resume, and ends with the weights that it would have had. The folder (named at the beginning and at the end) holds the model,
-monitor files (return, length and time of each training episode), the TensorBoard log, a learning curve, a video of one episode
-of the trained policy, a summary, and report.html: all of this on one page.
+Training stops when an evaluation reaches the threshold. --resume continues a run that was stopped or killed from its last
+checkpoint, with the same final weights as an uninterrupted run. The folder contains the model, monitor files (return, length
+and time of each training episode), the TensorBoard log, a learning curve, a video of the trained policy, a summary, and
+report.html, which shows all of this on one page.
 """
 
 import argparse
@@ -30,46 +30,45 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
 
-from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, newest_checkpoint
-from sb3_reinforce.tools.checkpoints import restore_evaluations
+from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, newest_checkpoint, restore_evaluations
 
 try:
     import imageio.v2 as imageio
     import imageio_ffmpeg  # noqa: F401
     from matplotlib.figure import Figure
 
-    from sb3_reinforce.tools.report.page import write_report
+    from sb3_reinforce.tools import write_report
 except ImportError as error:
-    raise SystemExit(f"{error}. Pictures, videos and reports need: pip install 'sb3-reinforce[report]'") from error
+    raise SystemExit(f"{error}. Figures, videos and reports need: pip install 'sb3-reinforce[report]'") from error
 
 ENV = "LunarLanderContinuous-v3"
 SOLVED = 200.0
-#: Those of training are below 2**31
+#: First seed of the evaluation environments: training seeds are below 2**31
 EVALUATION_SEED = 2**31 + 10_000
 
 
 class SeededEvaluations(EvalCallback):
-    """Evaluates on the same episodes each time; its file is there in full or not at all."""
+    """Evaluate on the same episodes each time, and write ``evaluations.npz`` atomically."""
 
     def _on_step(self) -> bool:
         self.eval_env.seed(EVALUATION_SEED)
-        goes_on = super()._on_step()
+        continue_training = super()._on_step()
         Path(f"{self.log_path}.npz").replace(Path(str(self.log_path)).with_name("evaluations.npz"))
-        return goes_on
+        return continue_training
 
 
 def main() -> None:
     arguments = parse_arguments()
     folder = arguments.resume or new_folder(arguments)
     print(f"Training on {ENV} until it is solved; everything goes to {folder}")
-    # Networks of this size are fastest on one thread
+    # Small networks are fastest with one thread
     th.set_num_threads(1)
 
-    # The limit of 400 steps makes more episodes of the same steps: a lander that hovers, or fires on the ground, takes 1000
+    # Limit episodes to 400 steps: a lander that hovers, or fires its engines on the ground, would take 1000
     env_kwargs = dict(render_mode=None, max_episode_steps=400)
     checkpoint = newest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
-        # Of a run that was killed before its first checkpoint
+        # Left by a run that was killed before its first checkpoint
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     monitor_kwargs = dict(override_existing=checkpoint is None)
     env = make_vec_env(ENV, n_envs=8, env_kwargs=env_kwargs, monitor_dir=str(folder), monitor_kwargs=monitor_kwargs)
@@ -79,7 +78,7 @@ def main() -> None:
         )
     else:
         model = REINFORCE.load(checkpoint, env, device="cpu", tensorboard_log=str(folder / "tensorboard"))
-        print(f"Going on from {checkpoint}")
+        print(f"Resuming from {checkpoint}")
     evaluation_env = make_vec_env(ENV, n_envs=10, seed=EVALUATION_SEED, env_kwargs=dict(render_mode=None))
     stop = StopTrainingOnRewardThreshold(arguments.threshold)
     evaluations = SeededEvaluations(
@@ -103,13 +102,13 @@ def main() -> None:
             progress_bar=True,
         )
     except KeyboardInterrupt:
-        # The callback has said how to go on
+        # The checkpoint callback has printed the command to resume
         raise SystemExit(130) from None
     seconds = time.perf_counter() - started
     model.save(folder / "model")
 
     print(f"Evaluating the deterministic policy over {arguments.evaluation_episodes} episodes")
-    # Not those that have ended training
+    # Use other episodes than during training
     evaluation_env.seed(EVALUATION_SEED + 1000)
     returns, lengths = evaluate_policy(model, evaluation_env, arguments.evaluation_episodes, return_episode_rewards=True)
 
@@ -125,24 +124,24 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threshold", type=float, default=250.0, help="mean return of 20 episodes that ends training")
-    parser.add_argument("--timesteps", type=int, default=1_000_000, help="most steps to train for")
+    parser.add_argument("--threshold", type=float, default=250.0, help="stop training at this mean return over 20 episodes")
+    parser.add_argument("--timesteps", type=int, default=1_000_000, help="maximum number of training steps")
     parser.add_argument("--evaluation-episodes", type=int, default=100)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to make the folder")
-    parser.add_argument("--resume", type=Path, help="go on with the run in this folder, with the arguments it began with")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="parent folder of the new run")
+    parser.add_argument("--resume", type=Path, help="resume the run in this folder, with its saved arguments")
     arguments = parser.parse_args()
     if arguments.resume is not None:
         try:
             saved = json.loads((arguments.resume / "arguments.json").read_text())
         except (OSError, ValueError) as error:
-            raise SystemExit(f"--resume {arguments.resume}: there is no run to go on with ({error})") from error
+            raise SystemExit(f"--resume {arguments.resume}: no run to resume ({error})") from error
         parser.set_defaults(**saved)
         arguments = parser.parse_args()
     return arguments
 
 
 def new_folder(arguments: argparse.Namespace) -> Path:
-    """The first of runs/LunarLanderContinuous-v3_1, _2, ... that is not there yet, with the arguments in it."""
+    """Create the next folder, runs/LunarLanderContinuous-v3_1, _2, ..., and save the arguments in it."""
     number = 1
     while (folder := arguments.runs / f"{ENV}_{number}").exists():
         number += 1
@@ -153,15 +152,15 @@ def new_folder(arguments: argparse.Namespace) -> Path:
 
 
 def plot_learning_curve(folder: Path) -> None:
-    """Return against steps: each training episode, the mean of the last 100, and evaluations, which are without noise."""
+    """Plot training episodes, their mean over the last 100, and evaluations against steps."""
     episodes = load_results(str(folder))
     returns, steps = episodes["r"].to_numpy(), episodes["l"].cumsum().to_numpy()
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, returns, ".", markersize=2, alpha=0.25, color="tab:blue", label="one episode, with its noise")
+    axes.plot(steps, returns, ".", markersize=2, alpha=0.25, color="tab:blue", label="training episode")
     if len(returns) >= 100:
         mean = np.convolve(returns, np.full(100, 0.01), mode="valid")
-        axes.plot(steps[99:], mean, color="tab:orange", linewidth=2, label="mean of 100 of these")
+        axes.plot(steps[99:], mean, color="tab:orange", linewidth=2, label="mean of the last 100")
     if (folder / "evaluations.npz").exists():
         evaluations = np.load(folder / "evaluations.npz")
         axes.plot(evaluations["timesteps"], evaluations["results"].mean(axis=1), "o-", color="tab:green", label="evaluation")
@@ -174,16 +173,16 @@ def plot_learning_curve(folder: Path) -> None:
 
 def record_video(model: REINFORCE, path: Path, tries: int = 10) -> float:
     """
-    Record one episode of the deterministic policy: the first that reaches 200, or the last of a few tries.
+    Record an episode of the deterministic policy: the first one that reaches 200, or the last try.
 
-    :return: its return
+    :return: return of the episode
     """
-    # No window is needed to draw frames
+    # Render without a window
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     env = gym.make(ENV, render_mode="rgb_array")
     episode_return = -np.inf
     for seed in range(EVALUATION_SEED, EVALUATION_SEED + tries):
-        # The frames are 600 x 400, multiples of 8
+        # Frames have 600 x 400 pixels, multiples of 8
         video = imageio.get_writer(path, fps=50, macro_block_size=8)
         episode_return, is_over = 0.0, False
         observation, _ = env.reset(seed=seed)
@@ -202,9 +201,9 @@ def record_video(model: REINFORCE, path: Path, tries: int = 10) -> float:
 
 def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: float) -> str:
     """
-    Write the result for programs (result.json) and for people (summary.md).
+    Write the results to result.json and summary.md.
 
-    :return: the latter
+    :return: content of summary.md
     """
     packages = ("sb3-reinforce", "stable-baselines3", "gymnasium", "torch", "numpy")
     versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}
@@ -219,20 +218,20 @@ def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: fl
 | | |
 | --- | --- |
 | return of the deterministic policy, {len(returns)} new episodes | {returns.mean():.1f} ± {returns.std():.1f} |
-| episodes of these with at least {SOLVED:.0f} | {np.mean(returns >= SOLVED):.0%} |
-| mean length of these | {np.mean(result["lengths"]):.0f} steps |
+| episodes with a return of at least {SOLVED:.0f} | {np.mean(returns >= SOLVED):.0%} |
+| mean episode length | {np.mean(result["lengths"]):.0f} steps |
 | training | {training} |
 | settings | {model.n_envs} environments, {settings} |
 | seed | {result["seed"]} |
 | versions | {", ".join(f"{name} {number}" for name, number in versions.items())} |
 | command | `{command}` |
 
-- `model.zip`: `REINFORCE.load("{folder}/model")`; `checkpoints/`: from which `--resume {folder}` goes on
-- `learning_curve.png`, `*.monitor.csv`: return and length of every training episode (SB3's `load_results` reads them)
+- `model.zip`: `REINFORCE.load("{folder}/model")`; `checkpoints/`: used by `--resume {folder}`
+- `learning_curve.png`, `*.monitor.csv`: return and length of each training episode (read them with SB3's `load_results`)
 - `evaluations.npz`: returns of the deterministic policy during training (SB3's `EvalCallback`)
 - `landing.mp4`: one episode of the deterministic policy, return {video_return:.0f}
-- `report.html`: all of this on one page, with the video, hyperparameters and diagnostics
-- `result.json`: the figures above for programs, with the return and length of each evaluation episode
+- `report.html`: all results on one page, with the video, hyperparameters and diagnostics
+- `result.json`: results for scripts, with the return and length of each evaluation episode
 - `tensorboard/`: `tensorboard --logdir {folder}/tensorboard`
 """
     (folder / "summary.md").write_text(summary, encoding="utf-8")
