@@ -2,11 +2,11 @@
 
 from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
-from sb3_reinforce.episodes.workers import EnvFactory
 from sb3_reinforce.natural_gradient import InverseTimeDecay
 from sb3_reinforce.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.tools.checkpoints import AtomicCheckpointCallback, newest_checkpoint, restore_evaluations
+from sb3_reinforce.tools.env_factory import EnvFactory
 
 __version__ = "0.1.0"
 

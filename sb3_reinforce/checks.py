@@ -1,19 +1,16 @@
-"""What REINFORCE refuses: hyperparameters out of their range."""
+"""Validation of the hyperparameters of REINFORCE."""
 
 from typing import Any, get_args
 
 from sb3_reinforce.baselines import FEATURE_MAPS
 from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
-from sb3_reinforce.episodes.checks import check_count, is_count, is_real
+from sb3_reinforce.episodes.checks import check_count, is_integer, is_real
 from sb3_reinforce.policies import MlpPolicy
 from sb3_reinforce.returns import AdvantageName
 
 
 def check_hyperparameters(model: Any) -> None:
-    """
-    :param model: the algorithm: its hyperparameters as attributes, its policy not yet made
-    :raises ValueError: naming the first argument that is out of its range, and its value
-    """
+    """Raise a ValueError that names the first hyperparameter of a model that is out of its range, and its value."""
 
     def check(name: str, is_valid: bool, expected: str) -> None:
         if not is_valid:
@@ -21,37 +18,31 @@ def check_hyperparameters(model: Any) -> None:
 
     if (model.n_steps is None) == (model.n_episodes is None):
         raise ValueError(
-            "Exactly one of n_steps and n_episodes says how much to collect for an update, the other is None; "
+            "Exactly one of n_steps and n_episodes must be given, the size of a batch; "
             f"got n_steps={model.n_steps}, n_episodes={model.n_episodes}"
         )
     for name in ("n_steps", "n_episodes", "max_episode_steps"):
         check_count(name, getattr(model, name))
-    check("_stats_window_size", is_count(model._stats_window_size), "an integer of at least 1")
+    check("_stats_window_size", is_integer(model._stats_window_size), "an integer of at least 1")
     check("gamma", is_real(model.gamma) and 0 < model.gamma <= 1, "in (0, 1]")
     check("ent_coef", is_real(model.ent_coef, minimum=0), "finite and at least 0")
-    timeout = model.episode_timeout
-    is_time = timeout is None or (is_real(timeout) and not isinstance(timeout, bool) and timeout > 0)
-    check("episode_timeout", is_time, "a finite number above 0, or None")
     rate, target_kl = model.learning_rate, model.target_kl
     check("learning_rate", callable(rate) or is_real(rate, minimum=0), "a schedule, or finite and at least 0")
     is_step = target_kl is None or callable(target_kl) or (is_real(target_kl) and target_kl > 0)
     check("target_kl", is_step, "a schedule, or finite and above 0, or None for the optimizer's step")
-    check("cg_max_steps", is_count(model.cg_max_steps), "an integer of at least 1")
+    check("cg_max_steps", is_integer(model.cg_max_steps), "an integer of at least 1")
     check("cg_damping", is_real(model.cg_damping) and model.cg_damping > 0, "finite and above 0")
     check("baseline", model.baseline is None or model.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
     check("advantage", model.advantage in get_args(AdvantageName), f"one of {sorted(get_args(AdvantageName))}")
     if model.baseline is None:
-        check("advantage", model.advantage == "monte_carlo", "'monte_carlo' with baseline=None: all others need a critic")
+        check("advantage", model.advantage == "monte_carlo", "'monte_carlo' with baseline=None: the others need a critic")
     check("baseline_memory", is_real(model.baseline_memory, 0) and model.baseline_memory < 1, "in [0, 1)")
     allowed = {None: set(), "random_features": {"ridge", "n_units"}}.get(model.baseline, {"ridge"})
     check("baseline_kwargs", model.baseline_kwargs.keys() <= allowed, f"a dictionary of {sorted(allowed)} with this baseline")
-    is_valid = is_real(model.baseline_kwargs.get("ridge", 0), 0) and is_count(model.baseline_kwargs.get("n_units", 1))
-    check("baseline_kwargs", is_valid, "a ridge that is finite and at least 0, and n_units that are an integer of at least 1")
+    is_valid = is_real(model.baseline_kwargs.get("ridge", 0), 0) and is_integer(model.baseline_kwargs.get("n_units", 1))
+    check("baseline_kwargs", is_valid, "a finite ridge of at least 0, and an integer n_units of at least 1")
+    is_own = not model.normalize_observations or issubclass(model.policy_class, MlpPolicy)
+    check("normalize_observations", is_own, "False, except with the policies of sb3_reinforce and their subclasses")
     buffer = model.rollout_buffer_class
     is_buffer = buffer is None or (isinstance(buffer, type) and issubclass(buffer, EpisodeRolloutBuffer))
-    check("rollout_buffer_class", is_buffer, "a subclass of sb3_reinforce.buffers.EpisodeRolloutBuffer")
-    if not issubclass(model.policy_class, MlpPolicy):
-        policy = f"{model.policy_class.__name__}: a policy of sb3_reinforce (or a subclass) is needed for anything else"
-        check("baseline", model.baseline != "quadratic", f"'linear', 'random_features' or None with {policy}")
-        check("baseline_kwargs", "n_units" not in model.baseline_kwargs, f"without n_units with {policy}")
-        check("normalize_observations", not model.normalize_observations, f"False with {policy}")
+    check("rollout_buffer_class", is_buffer, "a subclass of sb3_reinforce.EpisodeRolloutBuffer")

@@ -1,35 +1,35 @@
 """
-The natural gradient, and how far to go along it.
+The natural gradient, and the length of a step along it.
 
-In this direction, the distributions of actions improve most for how much they change, whatever the parameters that make them
-(Amari, 1998; Kakade, 2001, "A natural policy gradient"; Peters & Schaal, 2008). Conjugate gradients find it without the Fisher
-matrix itself, and a divergence sets the length of the step, as in truncated natural policy gradients (Duan et al., 2016,
-https://arxiv.org/abs/1604.06778; Rajeswaran et al., 2017, https://arxiv.org/abs/1703.02660).
+It improves the policy most per change of its action distributions, whatever its parameters are (Amari, 1998; Kakade, 2001, "A
+natural policy gradient"; Peters & Schaal, 2008). Conjugate gradients compute it without the Fisher matrix, and a divergence
+sets the length, as in truncated natural policy gradients (Duan et al., 2016, https://arxiv.org/abs/1604.06778).
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch as th
 from sb3_contrib.common.utils import conjugate_gradient_solver
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sb3_reinforce.episodes.acting import torch_seeded_from
+from sb3_reinforce.episodes.schedule import torch_seeded_from
+from sb3_reinforce.policies import BaselinePolicy
+from sb3_reinforce.returns import kl_divergence
 
 
 @dataclass(frozen=True)
 class InverseTimeDecay:
     """
-    A schedule that counts updates: ``start / (1 + n_updates / halving)``.
-
-    With noisy gradients, steps have to become shorter for a policy to settle, and slowly, so that it gets anywhere (Robbins &
-    Monro, 1951, "A stochastic approximation method"). Unlike a schedule of the progress remaining, this one does not depend on
-    when training is to end.
+    Schedule over updates, which does not depend on the total number of timesteps: ``start / (1 + n_updates / halving)``
+    (Robbins & Monro, 1951, "A stochastic approximation method").
 
     :param start: value at the first update, above 0
-    :param halving: number of updates after which it is half of that, above 0
-    :raises ValueError: if either is not above 0
+    :param halving: number of updates until half of it, above 0
     """
 
     start: float
@@ -44,32 +44,36 @@ class InverseTimeDecay:
 
 
 def flatten(tensors: Iterable[th.Tensor]) -> th.Tensor:
-    """The numbers of all tensors in one vector."""
+    """Concatenate tensors into one vector."""
     return th.cat([tensor.flatten() for tensor in tensors])
 
 
+@th.no_grad()
 def assign(parameters: Sequence[th.Tensor], vector: th.Tensor) -> None:
-    """Set parameters to the numbers of a vector, in place: they may share their memory."""
-    with th.no_grad():
-        for parameter, values in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
-            parameter.copy_(values.view_as(parameter))
+    """Set parameters to the entries of a vector, in place, because NumPy may share their memory."""
+    for parameter, values in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        parameter.copy_(values.view_as(parameter))
 
 
-# Ctrl-C at an unlucky moment leaves PyTorch without gradients
+@th.enable_grad()
+def self_divergence(policy: BaselinePolicy, observations: PyTorchObs) -> th.Tensor:
+    """Mean divergence of a policy from itself in (n_states, ...) observations: 0, with second-order gradients."""
+    # PyTorch's fast attention has no second derivatives
+    with sdpa_kernel(SDPBackend.MATH):
+        with th.no_grad():
+            old = copy(policy.evaluate_observations(observations)[0])
+        return kl_divergence(old, policy.evaluate_observations(observations)[0]).mean()
+
+
 @th.enable_grad()
 def fisher_vector_product(divergence: th.Tensor, parameters: Sequence[th.Tensor]) -> Callable[[th.Tensor], th.Tensor]:
     """
-    The Fisher information matrix of a policy, as a function that multiplies vectors by it.
+    Products (n,) -> (n,) with the Fisher information matrix of a policy, for parameters with n entries in total.
 
-    It is the Hessian of the divergence of the policy from itself (Kakade, 2001), whose products with vectors are gradients of
-    its gradient (Pearlmutter, 1994, "Fast exact multiplication by the Hessian").
-
-    :param divergence: scalar, mean over states of KL(policy || policy), the first of which is detached
-    :param parameters: what the policy depends on, and perhaps others; n numbers in all
-    :return: (n,) -> (n,)
+    The matrix is the Hessian of the :func:`self_divergence` (Kakade, 2001), and a product is the gradient of the gradient's
+    product with a vector (Pearlmutter, 1994, "Fast exact multiplication by the Hessian").
     """
-    gradients = th.autograd.grad(divergence, parameters, create_graph=True, materialize_grads=True)
-    gradient = flatten(gradients)
+    gradient = flatten(th.autograd.grad(divergence, parameters, create_graph=True, materialize_grads=True))
 
     def product(vector: th.Tensor) -> th.Tensor:
         return flatten(th.autograd.grad(gradient, parameters, vector, retain_graph=True, materialize_grads=True))
@@ -84,15 +88,14 @@ def natural_direction(
     Direction of ``(F + damping I)^-1 gradient``, by conjugate gradients (Hestenes & Stiefel, 1952).
 
     :param gradient: (n,) finite, not all zero
-    :param product: multiplies a vector by the Fisher matrix F, see :func:`fisher_vector_product`
-    :param damping: above 0, in the unit of F. Much is the plain gradient, little the natural one
-    :param max_steps: of the solver, at least 1
-    :return: (n,) of arbitrary length
+    :param product: products with the Fisher matrix F
+    :param damping: above 0, in the unit of F; large values approach the plain gradient
+    :param max_steps: maximum number of steps of the solver
     """
-    # The squares of numbers below 1e-22 are 0 in float32
+    # Squares of numbers below 1e-22 underflow in float32
     unit = gradient / gradient.abs().max()
     unit = unit / unit.norm()
-    # Scaled, since the solver's random start and its tolerance are absolute numbers
+    # The solver's random start and its tolerance are absolute numbers
     scale = unit @ product(unit) + damping
     with torch_seeded_from(np.random.default_rng(0), gradient.device):
         return conjugate_gradient_solver(lambda vector: (product(vector) + damping * vector) / scale, unit, max_iter=max_steps)
@@ -102,14 +105,13 @@ def length_of_divergence(
     divergence_at: Callable[[float], float], target: float, first: float, tolerance: float = 1e-3, max_evaluations: int = 30
 ) -> tuple[float, float]:
     """
-    How long a step has to be for a divergence, which is close to quadratic in short lengths.
+    Find the length of a step with a given divergence, which is almost quadratic in short lengths.
 
-    :param divergence_at: divergence after a step of some length, infinite or NaN where it is too long to be evaluated
-    :param target: the divergence asked for, above 0
-    :param first: length to try first, above 0. No step is longer than ten times this
-    :param tolerance: relative error of the divergence
-    :param max_evaluations: after so many, the longest step known to stay below the target has to do
-    :return: the length, which is the last one evaluated, and its divergence
+    :param divergence_at: divergence after a step of some length, infinite or NaN if it is not defined
+    :param target: divergence to reach, above 0, up to a relative error of ``tolerance``
+    :param first: first length to try, above 0. No step is longer than ten times this length
+    :param max_evaluations: number of evaluations until the longest step known to stay below the target is taken
+    :return: the length, which is evaluated last, and its divergence
     """
     low, high, length = 0.0, 10 * first, first
     for n in range(max_evaluations):
@@ -121,7 +123,7 @@ def length_of_divergence(
         else:
             high = length
         factor = math.sqrt(target / divergence) if 0 < divergence < math.inf else math.inf
-        # Where the divergence is not that close to quadratic, the interval has to shrink for sure
+        # Bisect at times: the divergence may be far from quadratic
         is_inside = low < factor * length < high and (n < 4 or n % 2 == 1)
         length = factor * length if is_inside else (low + high) / 2
     return low, divergence_at(low)
@@ -129,28 +131,23 @@ def length_of_divergence(
 
 def natural_step(
     parameters: Sequence[th.Tensor],
-    self_divergence: th.Tensor,
+    product: Callable[[th.Tensor], th.Tensor],
     divergence: Callable[[], float],
     target_kl: float,
     damping: float,
     max_steps: int,
 ) -> float:
     """
-    Take a step of a given divergence along the natural gradient, in place.
+    Take a step of ``target_kl`` along the natural gradient, in place.
 
-    :param parameters: trained parameters, with the gradient of the loss, which is not all zero
-    :param self_divergence: scalar, see :func:`fisher_vector_product`
-    :param divergence: returns the mean divergence of the policy, as its parameters are, from that before the step; raises a
-        ValueError where it is not defined
-    :param target_kl: the divergence asked for, above 0
-    :param damping: see :func:`natural_direction`, as ``max_steps``
-    :return: the divergence reached
-    :raises ValueError: if no length of the step leaves the divergence finite
+    :param parameters: trained parameters, whose gradients are not all zero
+    :param product: products with the Fisher matrix, see :func:`natural_direction`, as ``damping`` and ``max_steps``
+    :param divergence: mean divergence of the current policy from the old one; a ValueError means that it is not defined
+    :return: divergence of the step, or a ValueError if no step leaves the policy finite
     """
     gradient = flatten(parameter.grad for parameter in parameters if parameter.grad is not None)
-    product = fisher_vector_product(self_divergence, parameters)
     direction = natural_direction(-gradient, product, damping, max_steps)
-    curvature = direction @ product(direction)
+    squared_length = direction @ product(direction)
     start = flatten(parameters).detach()
 
     def divergence_at(length: float) -> float:
@@ -158,12 +155,12 @@ def natural_step(
         try:
             return divergence()
         except ValueError:
-            # The distributions are not defined any more
             return math.inf
 
-    # To the second order, the divergence is half the squared length times the curvature
-    _, reached = length_of_divergence(divergence_at, target_kl, math.sqrt(2 * target_kl / max(curvature.item(), 1e-12)))
-    # PyTorch does not always check its distributions: after torch.compile, no process does
+    # To second order, the divergence is half the squared length in the metric of the Fisher matrix
+    first = math.sqrt(2 * target_kl / max(squared_length.item(), 1e-12))
+    _, reached = length_of_divergence(divergence_at, target_kl, first)
+    # torch.compile turns off the checks of PyTorch's distributions
     if not math.isfinite(reached):
-        raise ValueError("No step along the gradient leaves the policy finite")
+        raise ValueError("No step along the gradient leaves the policy finite: scale down rewards or observations")
     return reached

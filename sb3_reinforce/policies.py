@@ -1,10 +1,11 @@
 """
-Policies for REINFORCE: SB3's actor-critic policies with a closed-form baseline in the place of the critic.
+Policies of REINFORCE: SB3's actor-critic policies with a closed-form baseline for a critic.
 
-In SB3 the value of a state is a linear layer (``value_net``) on what the critic branch of ``mlp_extractor`` makes of the
-features. Here that branch is a fixed feature map and the linear layer a :class:`~sb3_reinforce.baselines.LinearBaseline`.
+SB3's critic is a linear layer (``value_net``) on the critic branch of ``mlp_extractor``. Here, that branch is a fixed feature
+map and the layer a :class:`~sb3_reinforce.baselines.LinearBaseline`.
 """
 
+import functools
 import sys
 import warnings
 from typing import Any, Literal
@@ -13,42 +14,141 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.torch_layers import (
-    BaseFeaturesExtractor,
-    CombinedExtractor,
-    FlattenExtractor,
-    MlpExtractor,
-    NatureCNN,
-)
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_reinforce.baselines import FEATURE_MAPS, ActionValues, LinearBaseline, NoBaseline
-from sb3_reinforce.episodes.normalization import CHUNK, ObservationNormalizer, normalizer_of
+from sb3_reinforce.episodes.acting import overrides
+from sb3_reinforce.episodes.normalization import CHUNK, ObservationNormalizer
 
-BaselineName = Literal["linear", "quadratic", "random_features"]
+BaselineName = Literal["linear", "random_features"]
 
 
-class MlpPolicy(ActorCriticPolicy):
+class BaselinePolicy(ActorCriticPolicy):
     """
-    A stochastic policy on vector observations with a closed-form state-value baseline.
+    Mixin that gives any ``ActorCriticPolicy`` a closed-form baseline and observation statistics, see :func:`with_baseline`.
 
-    Continuous actions have a Gaussian with a state-independent standard deviation that is learned with the mean. All
-    parameters of SB3's ``ActorCriticPolicy`` are accepted; those whose default or meaning differs, and the new ones, are:
+    If ``mlp_extractor`` is SB3's ``MlpExtractor``, its critic branch is replaced by the baseline's feature map; the critic
+    branch of any other extractor is the feature map. See ``REINFORCE`` for the parameters; ``action_values`` asks for a critic
+    of action values, too.
+    """
 
-    :param net_arch: hidden layers of the actor, e.g. ``[64, 64]`` (or ``dict(pi=[64, 64])``). Default: ``[64, 64]``, or none
-        behind a CNN. The baseline has no hidden layers: a ``vf`` entry is ignored with a warning
+    def __init__(
+        self,
+        *args: Any,
+        baseline: BaselineName | None = "random_features",
+        baseline_memory: float = 0.6,
+        baseline_kwargs: dict[str, Any] | None = None,
+        normalize_observations: bool = False,
+        action_values: bool = False,
+        **kwargs: Any,
+    ):
+        own: dict[str, Any] = dict(baseline=baseline, baseline_memory=baseline_memory, baseline_kwargs=baseline_kwargs or {})
+        self._own_parameters = own | dict(normalize_observations=normalize_observations, action_values=action_values)
+        super().__init__(*args, **kwargs)
+
+    def _build_mlp_extractor(self) -> None:
+        super()._build_mlp_extractor()
+        feature_map, _ = FEATURE_MAPS[self._own_parameters["baseline"] or "linear"]
+        if type(self.mlp_extractor) is MlpExtractor:
+            kwargs = {key: value for key, value in self._own_parameters["baseline_kwargs"].items() if key != "ridge"}
+            critic: Any = nn.Identity() if feature_map is None else feature_map(self.features_dim, **kwargs)
+            self.mlp_extractor.value_net = critic
+            self.mlp_extractor.latent_dim_vf = self.features_dim if feature_map is None else critic.out_features
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        normalizer = ObservationNormalizer(self.observation_space) if self._own_parameters["normalize_observations"] else None
+        #: None if no observation is normalized
+        self.observation_normalizer = normalizer if normalizer is not None and normalizer.keys else None
+        super()._build(lr_schedule)
+        self._init_actor()
+        # Last, so that their random projections do not change the initial actor
+        self._build_critics()
+        # SB3's optimizer also has the parameters of the value layer that the baseline replaces
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _init_actor(self) -> None:
+        """Initialize the weights of the actor, unless SB3 does."""
+
+    def _build_critics(self) -> None:
+        own = self._own_parameters
+        #: None if there is no critic of action values
+        self.action_value_net: ActionValues | None = None
+        if own["baseline"] is None:
+            self.value_net = NoBaseline()  # type: ignore[assignment]
+            return
+        # Many learned features are constant, so the fit needs a ridge
+        is_learned = any(True for _ in self.vf_features_extractor.parameters())
+        _, ridge = FEATURE_MAPS["random_features" if is_learned else own["baseline"]]
+        kwargs = dict(ridge=own["baseline_kwargs"].get("ridge", ridge), memory=own["baseline_memory"], truncate=is_learned)
+        self.value_net = LinearBaseline(self.mlp_extractor.latent_dim_vf, **kwargs)  # type: ignore[assignment]
+        if own["action_values"]:
+            self.action_value_net = ActionValues(self.value_net.n_features, self.action_space, self.squash_output, **kwargs)  # type: ignore[arg-type]
+
+    def _normalize(self, obs: PyTorchObs) -> PyTorchObs:
+        return obs if self.observation_normalizer is None else self.observation_normalizer(obs)
+
+    # SB3's get_distribution() and predict_values() do not call extract_features()
+    def extract_features(self, obs: PyTorchObs, features_extractor: Any = None) -> Any:
+        return super().extract_features(self._normalize(obs), features_extractor)
+
+    def get_distribution(self, obs: PyTorchObs) -> Distribution:
+        return super().get_distribution(self._normalize(obs))
+
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        return super().predict_values(self._normalize(obs))
+
+    def evaluate_observations(self, obs: PyTorchObs) -> tuple[Distribution, th.Tensor]:
+        """
+        Evaluate observations like SB3's ``evaluate_actions``, without the actions.
+
+        :return: the distribution of the actions (an object that the next call changes), and the critic's extracted features
+        """
+        features = self.extract_features(obs)
+        pi_features, vf_features = (features, features) if self.share_features_extractor else features
+        if overrides(self, "get_distribution"):
+            return self.get_distribution(obs), vf_features
+        return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(pi_features)), vf_features
+
+    def baseline_features(self, obs: PyTorchObs, vf_features: th.Tensor | None = None) -> th.Tensor:
+        """Compute the (n, n_features) features of the baseline, from the critic's extracted features if they are known."""
+        if vf_features is None:
+            features = self.extract_features(obs)
+            vf_features = features if self.share_features_extractor else features[1]
+        return self.value_net.project(self.mlp_extractor.forward_critic(vf_features))  # type: ignore[operator]
+
+    def chunk_size(self) -> int:
+        """Number of observations per forward pass, which bounds its memory. Batch normalization needs the whole batch."""
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules()):
+            return sys.maxsize
+        widths = [module.out_features for module in self.modules() if isinstance(module, nn.Linear)]
+        # The normalizer copies observations
+        n_copies = 1 if self.observation_normalizer is None else 4
+        return max(1, CHUNK // max(n_copies * spaces.flatdim(self.observation_space), *widths))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        sb3 = super()._get_constructor_parameters()
+        return sb3 | self._own_parameters | dict(share_features_extractor=self.share_features_extractor)
+
+
+class MlpPolicy(BaselinePolicy):
+    """
+    Policy for vector observations. Continuous actions have a Gaussian with a state-independent standard deviation.
+
+    Parameters that are not listed are those of SB3's ``ActorCriticPolicy``.
+
+    :param net_arch: Hidden layers of the actor. Default: ``[64, 64]``, or none behind a CNN. A ``vf`` entry is ignored
+        with a warning, because the baseline has no hidden layers
     :param activation_fn: Activation function of the actor
-    :param ortho_init: True (default) for SB3's orthogonal initialization; False for Glorot-uniform weights and zero biases
-        in the actor
-    :param log_std_init: Initial value for the log standard deviation. Much noise may hide what the mean achieves; with little,
-        exploration may end before it has begun
-    :param optimizer_kwargs: as in SB3, but Adam keeps PyTorch's ``eps=1e-8`` (SB3 sets 1e-5)
-    :param baseline: see ``REINFORCE``, as the three parameters that follow
-    :param action_values: Whether there is a critic of action values beside the baseline
+    :param ortho_init: Whether to use orthogonal initialization. False for Glorot-uniform weights and zero biases in the actor
+    :param log_std_init: Initial value for the log standard deviation
+    :param optimizer_kwargs: Additional keyword arguments of the optimizer. Adam keeps PyTorch's ``eps=1e-8`` (SB3 sets 1e-5)
+    :param normalize_observations: See ``REINFORCE``
+    :param kwargs: Other keyword arguments, see :class:`BaselinePolicy` and SB3
     """
 
-    default_features_extractor: type[BaseFeaturesExtractor] = FlattenExtractor
+    default_features_extractor: type[nn.Module] = FlattenExtractor
 
     def __init__(
         self,
@@ -60,142 +160,55 @@ class MlpPolicy(ActorCriticPolicy):
         ortho_init: bool = True,
         log_std_init: float = 0.5,
         optimizer_kwargs: dict[str, Any] | None = None,
-        baseline: BaselineName | None = "random_features",
-        baseline_memory: float = 0.6,
-        baseline_kwargs: dict[str, Any] | None = None,
         normalize_observations: bool = True,
-        action_values: bool = False,
         **kwargs: Any,
     ):
         kwargs.setdefault("features_extractor_class", self.default_features_extractor)
         if net_arch is None:
             net_arch = [] if kwargs["features_extractor_class"] == NatureCNN else [64, 64]
-        self.baseline = baseline
-        self.baseline_memory = baseline_memory
-        self.baseline_kwargs = baseline_kwargs or {}
-        self.normalize_observations = normalize_observations
-        self.action_values = action_values
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            net_arch=net_arch,
-            activation_fn=activation_fn,
-            ortho_init=ortho_init,
-            log_std_init=log_std_init,
-            optimizer_kwargs={} if optimizer_kwargs is None else optimizer_kwargs,
-            **kwargs,
-        )
+        if isinstance(net_arch, list) and net_arch and isinstance(net_arch[0], dict):
+            warnings.warn("net_arch=[dict(...)] is deprecated in SB3: use net_arch=dict(...)", stacklevel=2)
+            net_arch = net_arch[0]
+        if isinstance(net_arch, dict):
+            if net_arch.get("vf"):
+                warnings.warn(f"net_arch={net_arch}: 'vf' is ignored, the baseline has no hidden layers", stacklevel=2)
+            net_arch = net_arch.get("pi", [])
+        kwargs |= dict(net_arch=dict(pi=net_arch, vf=[]), activation_fn=activation_fn, ortho_init=ortho_init)
+        kwargs |= dict(log_std_init=log_std_init, optimizer_kwargs=optimizer_kwargs or {})
+        super().__init__(observation_space, action_space, lr_schedule, normalize_observations=normalize_observations, **kwargs)
 
-    def _build_mlp_extractor(self) -> None:
-        arch = self.net_arch
-        if isinstance(arch, dict):
-            if arch.get("vf"):
-                warnings.warn(
-                    f"net_arch={arch}: 'vf' is ignored, the baseline has no hidden layers (see `baseline`)", stacklevel=2
-                )
-            arch = arch.get("pi", [])
-        self.mlp_extractor = MlpExtractor(
-            self.features_dim, net_arch=dict(pi=arch), activation_fn=self.activation_fn, device=self.device
-        )
-        feature_map, _ = FEATURE_MAPS[self.baseline or "linear"]
-        if feature_map is not None:
-            kwargs = {key: value for key, value in self.baseline_kwargs.items() if key != "ridge"}
-            critic: Any = feature_map(self.features_dim, **kwargs)
-            self.mlp_extractor.value_net, self.mlp_extractor.latent_dim_vf = critic, critic.out_features
-
-    def _build(self, lr_schedule: Schedule) -> None:
-        if self.normalize_observations:
-            self.observation_normalizer = ObservationNormalizer(self.observation_space)
-        super()._build(lr_schedule)
-        if not self.ortho_init:
-            for module in (self.mlp_extractor.policy_net, self.action_net):
-                module.apply(_init_glorot)
-        # Last, so that their random projections do not change what the actor begins with
-        install_critics(self, self.baseline, self.baseline_memory, self.baseline_kwargs, self.action_values)
-        # SB3's optimizer also holds the parameters of the value layer that the baseline has replaced
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
-
-    def _normalize(self, obs: PyTorchObs) -> PyTorchObs:
-        return self.observation_normalizer(obs) if self.normalize_observations else obs
-
-    # SB3's get_distribution() and predict_values() do not call extract_features()
-    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
-        return super().extract_features(self._normalize(obs), features_extractor)
-
-    def get_distribution(self, obs: PyTorchObs) -> Distribution:
-        return super().get_distribution(self._normalize(obs))
-
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
-        return super().predict_values(self._normalize(obs))
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = ("baseline", "baseline_memory", "baseline_kwargs", "normalize_observations", "action_values")
-        names = (*own, "share_features_extractor")
-        return {**super()._get_constructor_parameters(), **{name: getattr(self, name) for name in names}}
+    def _init_actor(self) -> None:
+        if self.ortho_init:
+            return
+        # Glorot & Bengio (2010), the default of Keras and of the article
+        for module in (*self.mlp_extractor.policy_net.modules(), self.action_net):
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
 
 class CnnPolicy(MlpPolicy):
-    """:class:`MlpPolicy` for images: the features are those of SB3's ``NatureCNN``."""
+    """:class:`MlpPolicy` for images, with SB3's ``NatureCNN`` as features extractor."""
 
     default_features_extractor = NatureCNN
 
 
 class MultiInputPolicy(MlpPolicy):
-    """:class:`MlpPolicy` for dictionary observations: the features are those of SB3's ``CombinedExtractor``."""
+    """:class:`MlpPolicy` for dictionary observations, with SB3's ``CombinedExtractor`` as features extractor."""
 
     default_features_extractor = CombinedExtractor
 
 
-def _init_glorot(module: nn.Module) -> None:
-    """Glorot-uniform weights and zero biases (Glorot & Bengio, 2010), the default of Keras and so the article's."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+@functools.cache
+def with_baseline(policy_class: type[BasePolicy]) -> type[BaselinePolicy]:
+    """Combine a policy class with :class:`BaselinePolicy`, unless it has one."""
+    if issubclass(policy_class, BaselinePolicy):
+        return policy_class
+    # Unlike the combined class, the class of the user can be pickled
+    own = {"__module__": __name__, "__reduce__": lambda policy: (_new_policy, (policy_class,), policy.__dict__)}
+    return type(policy_class.__name__, (BaselinePolicy, policy_class), own)
 
 
-def install_critics(
-    policy: ActorCriticPolicy,
-    baseline: str | None,
-    memory: float,
-    kwargs: dict[str, Any] | None = None,
-    action_values: bool = False,
-) -> None:
-    """
-    Put a closed-form linear baseline in the place of a policy's value layer. The arguments are those of ``REINFORCE``.
-
-    :param policy: the policy; the critic branch of its ``mlp_extractor`` is the feature map
-    :param action_values: whether the policy also gets an ``action_value_net``, on the same features and the action
-    """
-    if baseline is None:
-        policy.value_net = NoBaseline()  # type: ignore[assignment]
-        return
-    # Many of the features that are learned are as good as dead, so that the fit needs a ridge
-    learned = any(True for _ in policy.vf_features_extractor.parameters())
-    _, ridge = FEATURE_MAPS["random_features" if learned else baseline]
-    ridge = (kwargs or {}).get("ridge", ridge)
-    critic = LinearBaseline(policy.mlp_extractor.latent_dim_vf, ridge, memory, truncate=learned)
-    policy.value_net = critic  # type: ignore[assignment]
-    if action_values:
-        policy.action_value_net = ActionValues(
-            critic.n_features, policy.action_space, policy.squash_output, ridge=ridge, memory=memory, truncate=learned
-        )
-
-
-def action_values_of(policy: BasePolicy) -> ActionValues | None:
-    """The critic of action values of a policy, None if it has none."""
-    critic = getattr(policy, "action_value_net", None)
-    return critic if isinstance(critic, ActionValues) else None
-
-
-def chunk_size(policy: BasePolicy) -> int:
-    """
-    How many observations a policy should be shown at a time. The gradient of a batch is the sum of those of its chunks,
-    except with batch normalization, which has to see all of a batch at once.
-    """
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in policy.modules()):
-        return sys.maxsize
-    widths = [module.out_features for module in policy.modules() if isinstance(module, nn.Linear)]
-    # Normalizing takes copies of the observations
-    n_copies = 4 if normalizer_of(policy) is not None else 1
-    return max(1, CHUNK // max(n_copies * spaces.flatdim(policy.observation_space), *widths))
+def _new_policy(policy_class: type[BasePolicy]) -> BaselinePolicy:
+    combined = with_baseline(policy_class)
+    return combined.__new__(combined)

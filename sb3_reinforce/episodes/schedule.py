@@ -1,38 +1,51 @@
-"""Numbered episodes: which of them a batch consists of, which environment runs which, and all seeds."""
+"""Numbered episodes: which episodes a batch has, which sub-environment runs which, and all seeds."""
 
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
+import torch as th
+
+#: PyTorch's generators are shared by all threads
+_TORCH_LOCK = threading.RLock()
 
 
 def episode_seed(seed: int, number: int) -> int:
-    """What the environment of an episode is reset with, in [0, 2**31), from the model's seed and the episode's number."""
+    """Seed of an episode's ``reset()``, in [0, 2**31)."""
     return int(np.random.SeedSequence(seed, spawn_key=(number, 0)).generate_state(1)[0] >> 1)
 
 
 def episode_rng(seed: int, number: int) -> np.random.Generator:
-    """Generator of the noise of the actions of an episode, from the model's seed and the episode's number."""
+    """Generator of an episode's action noise."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number, 1)))
 
 
 def update_rng(seed: int, n_updates: int) -> np.random.Generator:
-    """Generator of what is random in an update (dropout), from the model's seed and the number of updates before it."""
+    """Generator of an update's randomness (dropout)."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(n_updates, 2)))
+
+
+@contextmanager
+def torch_seeded_from(rng: np.random.Generator, device: th.device) -> Iterator[None]:
+    """Seed PyTorch on a device from a NumPy generator, and restore PyTorch's generators afterwards."""
+    seed = int(rng.integers(2**63))
+    with _TORCH_LOCK, th.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # th.manual_seed() would initialize devices that are not used
+        th.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            th.cuda.manual_seed(seed)
+        yield
 
 
 class EpisodeSchedule:
     """
-    Which episodes a rollout consists of, and which environment runs which.
+    The episodes of one rollout.
 
-    An environment that ends an episode starts the next number while fewer than ``min_transitions`` transitions have been
-    collected, finished and in progress, or fewer than ``min_episodes`` episodes started; after that it is idle. Every episode
-    that is started is used: a batch is not biased towards short ones.
-
-    :param n_envs: number of environments
-    :param min_transitions: transitions wanted, over all environments
-    :param min_episodes: episodes wanted, over all environments
-    :param next_number: number of the first episode
-    :param seed: seed of the model, None to leave environments unseeded
+    A sub-environment that ends an episode starts the next number while the rollout has fewer than ``min_transitions``
+    transitions, including those of unfinished episodes, or fewer than ``min_episodes`` started episodes (both over all
+    sub-environments). After that, it is idle. Every episode that is started is used, so the batch is not biased towards short
+    episodes. Numbers begin with ``next_number``; without a seed of the model, environments are not seeded.
     """
 
     def __init__(self, n_envs: int, min_transitions: int, min_episodes: int, next_number: int = 0, seed: int | None = None):
@@ -40,87 +53,73 @@ class EpisodeSchedule:
         self.min_episodes = min_episodes
         self.next_number = next_number
         self.seed = seed
-        # Arrays are never changed in place: what was read from here stays as it was
-        #: (n_envs,) environments with an episode of the rollout
+        # (n_envs,) running sub-environments, and the number, first step and seed of their latest episodes. The array of
+        # running ones is replaced instead of changed, so that callbacks may keep it
         self.active = np.zeros(n_envs, dtype=bool)
-        #: (n_envs,) number of the latest episode of each environment, the step of the rollout at which it began, and what the
-        #: latest reset was seeded with
         self.numbers = np.zeros(n_envs, dtype=int)
-        self.began = np.zeros(n_envs, dtype=int)
+        self.start_steps = np.zeros(n_envs, dtype=int)
         self.seeds: list[int | None] = [None] * n_envs
-        #: Environments that have started an episode with the latest step
+        #: Sub-environments that started an episode with the latest step
         self.started: list[int] = []
-        self.n_active = self.n_steps = self.n_transitions = self.n_started = 0
-        self._n_spare = 0
-        self._before = self.active, self.numbers, self.began
+        self.n_active = self.n_steps = self.n_transitions = self.n_started = self._n_idle_resets = 0
 
     def wants_more(self) -> bool:
         """Whether another episode has to be started."""
         return self.n_transitions < self.min_transitions or self.n_started < self.min_episodes
 
-    def _seed_of(self, number: int) -> int | None:
-        return None if self.seed is None else episode_seed(self.seed, number)
-
     def begin(self, at_start: np.ndarray) -> None:
-        """Start the first episodes where environments can begin one; the others finish one that is not in the rollout."""
+        """Start the first episodes in the (n_envs,) sub-environments that are at the start of one."""
         for env_idx in at_start.nonzero()[0].tolist():
             self._start(env_idx)
-        self._before = self.active, self.numbers, self.began
 
     def begin_step(self) -> None:
-        """Count a step of all active environments, before it is taken."""
-        self._before = self.active, self.numbers, self.began
+        """Count a step of all active sub-environments before it is taken."""
         self.n_steps += 1
         self.n_transitions += self.n_active
-        self._n_spare = 0
+        self._n_idle_resets = 0
         if self.started:
             self.started = []
 
     def end_episode(self, env_idx: int) -> bool:
         """
-        An environment has ended an episode with the current step: start the next number in it, or let it go idle.
-
-        Call this for one environment after the other, in order. One that goes idle but is reset all the same gets the seed
-        that the next rollout expects, should that begin right there.
-
-        :return: whether the environment has started an episode
+        End the episode of a sub-environment with the current step. Return whether it starts the next one. Call this in the
+        order of sub-environments: an idle one that resets all the same gets the seed that the next rollout expects of it.
         """
-        if self.active[env_idx]:
-            self.active = replaced(self.active, env_idx, False)
-            self.n_active -= 1
+        self.n_active -= int(self.active[env_idx])
+        self._set_active(env_idx, False)
         if self.wants_more():
             self._start(env_idx)
             return True
-        self.began = replaced(self.began, env_idx, self.n_steps)
-        self.seeds[env_idx] = self._seed_of(self.next_number + self._n_spare)
-        self._n_spare += 1
+        self.start_steps[env_idx] = self.n_steps
+        self.seeds[env_idx] = self._seed_of(self.next_number + self._n_idle_resets)
+        self._n_idle_resets += 1
         return False
 
     def _start(self, env_idx: int) -> None:
-        self.active = replaced(self.active, env_idx, True)
-        self.numbers = replaced(self.numbers, env_idx, self.next_number)
-        self.began = replaced(self.began, env_idx, self.n_steps)
+        self._set_active(env_idx, True)
+        self.numbers[env_idx], self.start_steps[env_idx] = self.next_number, self.n_steps
+        self.seeds[env_idx] = self._seed_of(self.next_number)
         self.started.append(env_idx)
         self.n_active += 1
         self.n_started += 1
-        self.seeds[env_idx] = self._seed_of(self.next_number)
         self.next_number += 1
 
-    def where(self, env_idx: int) -> str:
-        """The place of the current step of an environment, in words; what it has ended is not over yet."""
-        active, numbers, began = self._before
-        if not active[env_idx]:
-            return "within an episode that is not in the rollout"
-        return f"at step {self.n_steps - began[env_idx]} of {self.name(int(numbers[env_idx]))}"
+    def _set_active(self, env_idx: int, value: bool) -> None:
+        self.active = self.active.copy()
+        self.active[env_idx] = value
+
+    def _seed_of(self, number: int) -> int | None:
+        return None if self.seed is None else episode_seed(self.seed, number)
 
     def name(self, number: int) -> str:
-        """An episode, in words, with what shows it again."""
+        """Describe an episode, with the seed that reproduces it."""
         seed = self._seed_of(number)
         return f"episode {number}" + ("" if seed is None else f" (reset(seed={seed}))")
 
-
-def replaced(array: np.ndarray, index: int, value: Any) -> np.ndarray:
-    """A copy of an array with another value at an index."""
-    array = array.copy()
-    array[index] = value
-    return array
+    def where(self, env_idx: int) -> str:
+        """Describe the latest step, or reset, of a sub-environment."""
+        if not self.active[env_idx]:
+            return "in an episode outside the rollout"
+        episode = self.name(int(self.numbers[env_idx]))
+        n_steps = self.n_steps - self.start_steps[env_idx]
+        return f"in reset() of {episode}" if env_idx in self.started else f"at step {n_steps} of {episode}"

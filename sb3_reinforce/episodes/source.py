@@ -1,53 +1,35 @@
-"""Any ``VecEnv``, stepped through the episodes of a schedule, with what it returns checked."""
+"""Any ``VecEnv``, stepped through the episodes of a schedule."""
 
-import math
+import warnings
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
 
-from sb3_reinforce.episodes.acting import all_finite
+from sb3_reinforce.episodes.acting import Actor
+from sb3_reinforce.episodes.buffer import all_finite
 from sb3_reinforce.episodes.schedule import EpisodeSchedule, episode_seed
 from sb3_reinforce.episodes.vec_env import EpisodeRunner, idle_info
 
-#: An episode of more steps never ends, nor does one of more than 1,000 steps with so many bytes of observations.
-ENDLESS_STEPS = 100_000
-ENDLESS_BYTES = 2**32
-
-
-def endless_steps(observation_space: spaces.Space) -> int:
-    """Number of steps after which an episode counts as one that never ends, before it fills the memory."""
-    is_dict = isinstance(observation_space, spaces.Dict)
-    entries: Any = observation_space.spaces.values() if is_dict else [observation_space]  # type: ignore[attr-defined]
-    n_bytes = sum(int(np.prod(entry.shape)) * entry.dtype.itemsize for entry in entries)
-    return min(ENDLESS_STEPS, max(1000, ENDLESS_BYTES // max(1, n_bytes)))
+#: Steps of an episode that gets a warning
+_LONG_EPISODE = 100_000
 
 
 class EpisodeSource:
-    """
-    Steps a ``VecEnv`` through the episodes of a schedule.
+    """Steps a ``VecEnv`` through the episodes of a schedule, for the model that is its ``user``."""
 
-    :param env: the environments
-    :param schedule: which episodes they run
-    :param owner: the model
-    :param max_steps: an episode of more steps never ends, None for :func:`endless_steps`
-    """
-
-    def __init__(self, env: VecEnv, schedule: EpisodeSchedule, owner: Any = None, max_steps: int | None = None):
+    def __init__(self, env: VecEnv, schedule: EpisodeSchedule, user: Any = None):
         self.env = env
-        self.owner = owner
         self.schedule = schedule
-        inner = env.unwrapped
-        self.episode_env = inner if isinstance(inner, EpisodeRunner) else None
+        self.user = user
+        self.episode_env = env.unwrapped if isinstance(env.unwrapped, EpisodeRunner) else None
         self.skips_idle_envs = skips_idle_envs(env)
-        #: (n_envs,) whether the latest observations are the first of an episode; of use where idle environments are stepped
+        #: (n_envs,) whether the latest observations are the first of an episode, if idle sub-environments are stepped
         self.at_start = np.zeros(env.num_envs, dtype=bool)
-        self._endless_steps = max_steps or endless_steps(env.observation_space)
 
     def begin(self, last_obs: Any, at_start: np.ndarray) -> Any:
         """
-        Start the first episodes.
+        Start the first episodes and return the observations to act on.
 
         :param last_obs: latest observations, None to reset the environments
         :param at_start: (n_envs,) whether these are the first of an episode
@@ -61,145 +43,108 @@ class EpisodeSource:
                 if last_obs is None:
                     seed_next_episodes(self.env, self.schedule)
                     last_obs, at_start = self.env.reset(), np.ones_like(at_start)
-                elif self.episode_env is not None and self.episode_env.owner is not self.owner:
+                elif self.episode_env is not None and self.episode_env.user is not self.user:
                     at_start = np.zeros_like(at_start)
                 self.schedule.begin(at_start)
-            if self.episode_env is not None:
-                self.episode_env.owner = self.owner
         except Exception as error:
-            raise environment_error(self.env, error, "in reset()", self.schedule) from error
-        try:
-            self.check_finite("observation", last_obs)
-        except ValueError:
-            if self.episode_env is not None:
-                # It is not to be the first one of an episode when it comes to that again
-                self.episode_env.forget_starts()
+            add_environment_note(error, self.env, "in reset()", self.schedule)
             raise
+        if self.episode_env is not None:
+            self.episode_env.user = self.user
         return last_obs
+
+    def act(self, actor: Actor, obs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Sample actions, or raise an error that names the first observation that is NaN or infinite if PyTorch refuses to."""
+        try:
+            return actor(obs)
+        except ValueError as error:
+            for key, entry in obs.items() if isinstance(obs, dict) else [("", obs)]:
+                for env_idx, value in enumerate(entry):
+                    if not all_finite(np.asarray(value)):
+                        name = f"observation {key!r}" if key else "observation"
+                        raise not_finite(f"Environment {env_idx}", name, value, self.schedule.where(env_idx)) from error
+            raise
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """
-        ``env.step(actions)``, checked, where idle environments have a reward of 0, done False, and an :func:`idle_info`.
+        Step the environments. Idle sub-environments have a reward of 0, done False, and an :func:`idle_info`.
 
-        :raises ValueError: if a reward or an observation is NaN or infinite
-        :raises RuntimeError: if an environment raises, an episode does not end, or a callback steps the environments
+        :raises RuntimeError: if a callback has stepped or reset the environments
         """
-        schedule, episode_env = self.schedule, self.episode_env
-        active = schedule.active
+        schedule, episode_env, active = self.schedule, self.episode_env, self.schedule.active
         schedule.begin_step()
         if episode_env is not None:
-            if episode_env.owner is not self.owner:
+            if episode_env.user is not self.user:
                 raise RuntimeError(
-                    "A callback has stepped or reset the training environment in the middle of a rollout: what follows would "
-                    "be parts of episodes. Give the callback an environment of its own"
+                    "A callback has stepped or reset the training environment during a rollout, so its episodes are not "
+                    "whole. Give the callback an environment of its own"
                 )
             episode_env.schedule, episode_env.steps_idle_envs = schedule, not self.skips_idle_envs
         try:
             obs, rewards, dones, infos = self.env.step(actions)
         except Exception as error:
-            raise environment_error(self.env, error, "in step()", schedule) from error
+            add_environment_note(error, self.env, "in step()", schedule)
+            raise
         finally:
             if episode_env is not None:
                 episode_env.schedule = None
         if episode_env is not self.env:
-            # Others may return any type: learning must not depend on it
+            # Other VecEnvs may return any type
             dones = np.asarray(dones, dtype=bool)
             with np.errstate(over="ignore"):
                 rewards = np.asarray(rewards, dtype=np.float32)
-        # A finite sum means that all rewards are finite; a handful of them is summed fastest as a list
-        if not math.isfinite(sum(rewards.tolist())) or isinstance(obs, dict) or not all_finite(obs):  # type: ignore[arg-type]
-            normalize = unwrap_vec_normalize(self.env)
-            if normalize is not None:
-                # It spreads what is not finite over all environments
-                self.check_finite("reward", normalize.get_original_reward())
-                self.check_finite("observation", normalize.get_original_obs())
-            self.check_finite("reward", rewards)
-            self.check_finite("observation", obs)
-        for env_idx in dones.nonzero()[0].tolist():
-            if active[env_idx]:
-                self.check_finite("terminal observation", infos[env_idx].get("terminal_observation"), env_idx)
-            if episode_env is None:
+        if episode_env is None:
+            for env_idx in dones.nonzero()[0].tolist():
                 schedule.end_episode(env_idx)
         if not self.skips_idle_envs:
             self.at_start = dones
             if not active.all():
                 rewards, dones = np.where(active, rewards, np.float32(0)), dones & active
                 infos = [info if active[env_idx] else idle_info(info) for env_idx, info in enumerate(infos)]
-        # Now and then: it costs as much as acting
-        if schedule.n_steps % 512 == 0:
-            self._check_endless()
+        if schedule.n_steps % _LONG_EPISODE == 0:
+            n_steps = np.where(schedule.active | (not self.skips_idle_envs), schedule.n_steps - schedule.start_steps, 0)
+            if n_steps.max() >= _LONG_EPISODE:
+                warnings.warn(
+                    f"The episode of environment {n_steps.argmax()} has not ended after {n_steps.max():,} steps. REINFORCE "
+                    "learns from whole episodes: if it never ends, set max_episode_steps (with a VecEnv: in its env_kwargs)",
+                    stacklevel=2,
+                )
         return obs, rewards, dones, infos
-
-    def _check_endless(self) -> None:
-        running = self.schedule.active if self.skips_idle_envs else np.ones_like(self.schedule.active)
-        steps = np.where(running, self.schedule.n_steps - self.schedule.began, 0)
-        if steps.max() >= self._endless_steps:
-            raise RuntimeError(
-                f"The episode of environment {steps.argmax()} has not ended after {steps.max():,} steps. REINFORCE learns "
-                "from whole episodes: limit them with max_episode_steps (with a VecEnv: in its env_kwargs, or by gymnasium's "
-                "TimeLimit). If they are meant to be so long, raise ENDLESS_STEPS or ENDLESS_BYTES of sb3_reinforce.rollout"
-            )
-
-    def check_finite(self, name: str, values: Any, env_idx: int | None = None) -> None:
-        """Raise a ValueError if something in what all environments have returned, or one of them, is NaN or infinite."""
-        if isinstance(values, dict):
-            for key, entry in values.items():
-                self.check_finite(f"{name} under {key!r}", entry, env_idx)
-            return
-        # A terminal observation may be a number, a list, or missing
-        values = np.zeros(()) if values is None else np.asarray(values)
-        if not all_finite(values):
-            for idx, value in enumerate(values) if env_idx is None else [(env_idx, values)]:
-                if not np.isfinite(value).all():
-                    raise ValueError(
-                        f"Environment {idx} returned the {name} {np.asarray(value).tolist()} {self.schedule.where(idx)}: it "
-                        "is NaN, infinite, or too large for float32 (3.4e38). Nothing was learned from this rollout. Mend the "
-                        "environment, or scale or replace such values in a wrapper"
-                    )
 
 
 def skips_idle_envs(env: VecEnv) -> bool:
-    """Whether environments without an episode are not stepped: no wrapper may mistake that for steps."""
+    """Whether idle sub-environments are not stepped, because no wrapper would count that as a step."""
     return isinstance(env.venv if type(env) is VecTransposeImage else env, EpisodeRunner)
 
 
-def seeds_episodes(env: VecEnv) -> bool:
-    """Whether each episode is seeded by its number."""
-    inner = env.unwrapped
-    return isinstance(inner, EpisodeRunner) and inner.seeds_episodes
+def reasons_not_reproducible(env: VecEnv) -> list[str]:
+    """Why episodes on a ``VecEnv`` do not depend on the weights, the seed and their number alone."""
+    if not getattr(env.unwrapped, "seeds_episodes", False):
+        return [f"a {type(env.unwrapped).__name__} does not seed each episode"]
+    return [f"a {type(env).__name__} steps idle environments"] if env.num_envs > 1 and not skips_idle_envs(env) else []
 
 
 def seed_next_episodes(env: VecEnv, schedule: EpisodeSchedule) -> None:
-    """Let the next ``reset()`` of the environments begin the next episodes of a schedule, if they can and it has a seed."""
+    """Seed the next ``reset()`` of the environments for the next episodes of a schedule, if it has a seed."""
     if isinstance(env.unwrapped, EpisodeRunner) and schedule.seed is not None:
         numbers = range(schedule.next_number, schedule.next_number + env.num_envs)
         env.unwrapped.seed_episodes([episode_seed(schedule.seed, number) for number in numbers])
 
 
-def environment_error(env: VecEnv, error: Exception, doing: str, schedule: EpisodeSchedule | None = None) -> RuntimeError:
-    """The error to raise from one of an environment: it says which one raised, doing what, and where in its episode."""
-    env_idx = _failed_env(env)
+def add_environment_note(error: Exception, env: VecEnv, where: str, schedule: EpisodeSchedule | None = None) -> None:
+    """Note in an error of an environment which sub-environment raised it, and in which episode and step."""
+    env_idx = env.unwrapped.current_env if isinstance(env.unwrapped, EpisodeRunner) else None
+    if env_idx is None and env.num_envs == 1:
+        env_idx = 0
     who = f"Environment {env_idx}" if env_idx is not None else f"One of the {env.num_envs} environments"
-    if schedule is not None and env_idx is not None:
-        # At the end of an episode, step() resets
-        if env_idx in schedule.started:
-            doing = f"in reset() of {schedule.name(int(schedule.numbers[env_idx]))}"
-        else:
-            doing = f"{doing} {schedule.where(env_idx)}"
-    return RuntimeError(f"{who} raised {type(error).__name__} {doing}: {error}")
+    if schedule is not None and env_idx is not None and schedule.n_started:
+        where = schedule.where(env_idx)
+    error.add_note(f"{who} raised this {where}")
 
 
-def _failed_env(env: VecEnv) -> int | None:
-    """Index of the environment that raised, as far as one can tell from outside of the ``VecEnv``."""
-    if isinstance(env.unwrapped, EpisodeRunner):
-        # None if a wrapper has raised
-        env.unwrapped.failed_env, env_idx = None, env.unwrapped.failed_env
-        return env_idx
-    if env.num_envs == 1:
-        return 0
-    # SubprocVecEnv: the process of the environment has died
-    for env_idx, process in enumerate(getattr(env.unwrapped, "processes", [])):
-        process.join(timeout=0.1)
-        if not process.is_alive():
-            return env_idx
-    return None
+def not_finite(who: str, name: str, value: Any, where: str) -> ValueError:
+    """The error for a value that is NaN or infinite."""
+    return ValueError(
+        f"{who} returned the {name} {np.asarray(value).tolist()} {where}: NaN, infinite, or too large for float32 (3.4e38). "
+        "Nothing was learned from this rollout. Fix the environment, or scale or replace such values in a wrapper"
+    )

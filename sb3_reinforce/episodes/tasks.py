@@ -1,24 +1,18 @@
-"""
-What a worker runs: whole episodes, as a function of the weights, the seed and their numbers.
-
-Where and when an episode runs, or runs again after a worker has died, changes nothing of it.
-"""
+"""What a worker runs: whole episodes, as a function of the weights, the seed and their numbers alone."""
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cloudpickle
 import numpy as np
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_reinforce.episodes.acting import Actor, EpisodeNoise, make_actor
@@ -28,203 +22,108 @@ from sb3_reinforce.episodes.vec_env import wrap_env
 
 
 class Episode(NamedTuple):
-    """One episode as a ``VecEnv`` of one environment has returned it, with T rows in each array."""
+    """One episode of T steps of a single environment: observations are (T, ...), or a dictionary of these."""
 
-    number: int
-    #: (T, ...) or a dictionary of these
     observations: Any
-    #: (T, ...) as they were sampled, and what the environment got for them
     actions: np.ndarray
     clipped_actions: np.ndarray
-    #: (T,)
     rewards: np.ndarray
-    #: (T,) the baseline's values, NaN where they are not known
+    #: (T,) values of the observations, NaN if they are computed later
     values: np.ndarray
     infos: list[dict[str, Any]]
 
-    @property
-    def n_steps(self) -> int:
-        return len(self.rewards)
+
+def pack_config(model: Any) -> bytes:
+    """Pickle what workers need of a model to run the episodes of one batch, with the policy on the CPU."""
+    env, policy = model.env.unwrapped, copy(getattr(model.policy, "_orig_mod", model.policy))
+    policy.__dict__.pop("optimizer", None)
+    config = SimpleNamespace(policy=policy, env_seed=model.seed, noise_seed=model.run_seed)
+    config.sde_sample_freq, config.n_threads = model.sde_sample_freq, th.get_num_threads()
+    # A worker keeps its environment until this name changes
+    config.env_name, config.env, config.max_episode_steps = env.name, env.maker, env.max_episode_steps
+    config.observation_space, config.action_space = model.env.observation_space, model.env.action_space
+    try:
+        if policy.device.type != "cpu":
+            config.policy = cloudpickle.loads(cloudpickle.dumps(policy)).to("cpu")
+        return cloudpickle.dumps(config)
+    except Exception as error:
+        raise ValueError(
+            f"The environment or the policy cannot be sent to workers: {error}. Give the environment as an id, or as a "
+            "function that makes it"
+        ) from error
 
 
-@dataclass
-class Job:
-    """
-    What a worker has to know to run episodes. It does not change while a policy does not.
-
-    :param env_name: a worker makes another environment for another name only
-    :param env: an id, a callable or an ``EnvSpec``
-    :param max_episode_steps: see ``REINFORCE``, as ``sde_sample_freq`` and ``episode_timeout``
-    :param policy: acts; without its optimizer, on the CPU
-    :param env_seed: seed of the environments, None to leave them unseeded
-    :param noise_seed: seed of the noise of the actions
-    :param n_threads: of PyTorch, on whose number the last bits of what it computes may depend
-    :param endless_steps: an episode of more steps never ends
-    """
-
-    env_name: str
-    env: Any
-    max_episode_steps: int | None
-    observation_space: spaces.Space
-    action_space: spaces.Space
-    policy: ActorCriticPolicy
-    env_seed: int | None
-    noise_seed: int
-    sde_sample_freq: int
-    n_threads: int
-    endless_steps: int
-    episode_timeout: float | None = None
-
-    def pack(self) -> bytes:
-        """:raises ValueError: if it cannot be pickled"""
-        policy: Any = copy(getattr(self.policy, "_orig_mod", self.policy))
-        policy.__dict__.pop("optimizer", None)
-        try:
-            content = cloudpickle.dumps(replace(self, policy=policy))
-            if policy.device.type != "cpu":
-                policy = cloudpickle.loads(cloudpickle.dumps(policy)).to("cpu")
-                content = cloudpickle.dumps(replace(self, policy=policy))
-            return content
-        except Exception as error:
-            raise ValueError(
-                f"The environment or the policy cannot be sent to workers: {error}. Give an environment by its id, or by a "
-                "function that makes it"
-            ) from error
-
-
-#: What this process (each thread of it) has last run: a job and its environment, and their names.
+#: Configuration and environment that this thread used last, with their names
 _LATEST = threading.local()
 
 
-def run_episodes(job_name: str, content: bytes, first: int, n_episodes: int) -> list[Episode]:
+def run_episodes(config_name: str, content: bytes, numbers: range) -> tuple[list[Episode], Exception | None]:
     """
-    Run consecutive episodes, in a worker.
-
-    :param job_name: another one for each job
-    :param content: the job, as :meth:`Job.pack` makes it
-    :param first: number of the first episode
-    :param n_episodes: how many
-    :return: the episodes, those before the first that has failed if it was not the first of all: the batch may not need that
-        one, and asks for it again if it does
-    :raises ValueError: if something is NaN or infinite, see :class:`~sb3_reinforce.episodes.source.EpisodeSource`
-    :raises RuntimeError: for everything else. Others may not survive being sent
+    Run consecutive episodes in a worker, with the result of :func:`pack_config` and a name that changes with it. Return them,
+    and the error that ended them, which matters only if the batch needs the episode that raised it.
     """
     episodes: list[Episode] = []
-    name = f"episode {first}"
     try:
-        job = _unpack(job_name, content)
-        name = EpisodeSchedule(1, 0, 1, seed=job.env_seed).name(first)
-        _run_in_time(job, _make_env(job), range(first, first + n_episodes), episodes)
+        latest = vars(_LATEST)
+        if latest.get("config_name") != config_name:
+            latest.update(config=cloudpickle.loads(content), config_name=config_name)
+        config = latest["config"]
+        env = _make_env(config)
+        act = make_actor(config.policy, EpisodeNoise(1, config.noise_seed, config.sde_sample_freq))
+        if th.get_num_threads() != config.n_threads:
+            th.set_num_threads(config.n_threads)
+        for number in numbers:
+            episodes.append(_run_episode(config, env, act, number))
     except (Exception, SystemExit) as error:
-        if not episodes:
-            if type(error) in (ValueError, RuntimeError):
-                raise
-            raise RuntimeError(f"A worker failed before or in {name}: {type(error).__name__}: {error}") from error
-    return list(episodes)
+        error.add_note(f"A worker raised this before the end of episode {numbers[len(episodes)]}:\n{traceback.format_exc()}")
+        return episodes, _portable(error)
+    return episodes, None
 
 
-def _unpack(name: str, content: bytes) -> Job:
-    """Unpack a job, once for all of its tasks."""
+def _portable(error: BaseException) -> Exception:
+    """An error that can be sent: itself, or a RuntimeError if it cannot be pickled or would end the process."""
+    with suppress(Exception):
+        copied = cloudpickle.loads(cloudpickle.dumps(error))
+        if isinstance(copied, Exception):
+            return copied
+    return RuntimeError("\n".join([f"{type(error).__name__}: {error}", *error.__notes__]))
+
+
+def _make_env(config: SimpleNamespace) -> VecEnv:
+    """Make the environment, or return the one that is kept under its name."""
     latest = vars(_LATEST)
-    if latest.get("job_name") != name:
-        latest.update(job=cloudpickle.loads(content), job_name=name)
-    return latest["job"]
-
-
-def _make_env(job: Job) -> VecEnv:
-    """The environment of a job, which is kept for all jobs that name it."""
-    latest = vars(_LATEST)
-    if latest.get("env_name") != job.env_name:
+    if latest.get("env_name") != config.env_name:
         latest["env_name"] = None
         if "env" in latest:
             latest.pop("env").close()
-        env = wrap_env(job.env, job.max_episode_steps)
-        for kind in ("observation_space", "action_space"):
-            if getattr(env, kind) != getattr(job, kind):
-                raise ValueError(
-                    f"The environment made in a worker has the {kind} {getattr(env, kind)}, that of the model is "
-                    f"{getattr(job, kind)}: a function that makes it must always make the same"
-                )
-        latest.update(env=env, env_name=job.env_name)
+        env = wrap_env(config.env, config.max_episode_steps)
+        for own, expected in ((env.observation_space, config.observation_space), (env.action_space, config.action_space)):
+            if own != expected:
+                raise ValueError(f"A function for workers must always make the same environment: {own} is not {expected}")
+        latest.update(env=env, env_name=config.env_name)
     return latest["env"]
 
 
-def _run_in_time(job: Job, env: VecEnv, numbers: range, episodes: list[Episode]) -> None:
-    """Run episodes and append them, in a thread of their own if one may take too long: it cannot be stopped, only left."""
-    if job.episode_timeout is None:
-        return _run(job, env, numbers, episodes)
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            _run(job, env, numbers, episodes)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    n_before = -1
-    while thread.is_alive():
-        if len(episodes) == n_before:
-            vars(_LATEST).clear()
-            name = EpisodeSchedule(1, 0, 1, seed=job.env_seed).name(numbers[n_before])
-            raise RuntimeError(
-                f"The {name} has not ended within episode_timeout={job.episode_timeout} seconds. Mend what it waits for, or "
-                "allow it more time"
-            )
-        n_before = len(episodes)
-        thread.join(job.episode_timeout)
-    if errors:
-        raise errors[0]
-
-
-def _run(job: Job, env: VecEnv, numbers: range, episodes: list[Episode]) -> None:
-    act = make_actor(job.policy, EpisodeNoise(1, job.noise_seed, job.sde_sample_freq))
-    with _torch_threads(job.n_threads):
-        for number in numbers:
-            episodes.append(_run_episode(job, env, act, number))
-
-
-def _run_episode(job: Job, env: VecEnv, act: Actor, number: int) -> Episode:
-    schedule = EpisodeSchedule(1, 0, 1, number, job.env_seed)
-    source = EpisodeSource(env, schedule, job, job.endless_steps)
+def _run_episode(config: SimpleNamespace, env: VecEnv, act: Actor, number: int) -> Episode:
+    schedule = EpisodeSchedule(1, 0, 1, number, config.env_seed)
+    source = EpisodeSource(env, schedule, config)
     obs = source.begin(None, np.ones(1, dtype=bool))
     act.noise.begin([0], schedule.numbers)
     steps: list[Any] = []
     while schedule.n_active:
-        actions, clipped_actions = act(obs)
+        actions, clipped_actions = source.act(act, obs)
         new_obs, rewards, _, infos = source.step(clipped_actions)
-        steps.append((obs, actions[0], clipped_actions[0], rewards[0], np.ravel(act.values)[0], infos[0]))
+        steps.append((obs, actions[0], clipped_actions[0], rewards[0], act.values[0], infos[0]))
         obs = new_obs
-    columns: list[Any] = list(zip(*steps, strict=True))
-    return Episode._make([number, _stack(columns[0]), *map(np.array, columns[1:-1]), list(columns[-1])])
-
-
-def _stack(observations: Any) -> Any:
-    if isinstance(observations[0], dict):
-        return {key: np.concatenate([obs[key] for obs in observations]) for key in observations[0]}
-    return np.concatenate(observations)
-
-
-@contextmanager
-def _torch_threads(n_threads: int) -> Iterator[None]:
-    before = th.get_num_threads()
-    if before != n_threads:
-        th.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        if before != n_threads:
-            th.set_num_threads(before)
+    all_obs, *columns, all_infos = zip(*steps, strict=True)
+    is_dict = isinstance(all_obs[0], dict)
+    stacked = {key: np.concatenate([obs[key] for obs in all_obs]) for key in obs} if is_dict else np.concatenate(all_obs)
+    return Episode._make([stacked, *map(np.array, columns), list(all_infos)])
 
 
 def start_process(main_process: int) -> None:
-    """
-    Prepare a process that only runs episodes.
-
-    :param main_process: the process that has started it, without which it ends
-    """
-    # Ctrl-C in a terminal reaches all processes, and it is the main one that decides what it means
+    """Prepare a process that runs episodes until the process with the id ``main_process`` ends."""
+    # A terminal sends Ctrl-C to all processes: only the main one handles it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints from which training goes on as if it had not stopped."""
+"""Checkpoints from which training resumes exactly."""
 
 import glob
 import io
@@ -17,35 +17,35 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import TensorBoardOutputFormat
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from sb3_reinforce.episodes.checks import check_count
-from sb3_reinforce.episodes.files import read_model_file
+from sb3_reinforce.episodes.checks import check_count, read_model_file
 
 
 class AtomicCheckpointCallback(BaseCallback):
     """
-    Saves checkpoints of ``REINFORCE`` from which training goes on as if it had not stopped.
+    Saves checkpoints of ``REINFORCE`` from which training resumes exactly.
 
-    Unlike with SB3's ``CheckpointCallback``, a file is there in full or not at all, whatever happens while it is written.
-    Older ones are removed. A run that gets SIGINT (Ctrl-C) or SIGTERM finishes its step, saves, says how to go on, and exits;
-    a second signal acts at once. :func:`newest_checkpoint` finds the file to load.
+    Unlike with SB3's ``CheckpointCallback``, a file is complete or absent, whatever happens during writing, and old files are
+    removed. At SIGINT (Ctrl-C) or SIGTERM, the run finishes its step, saves, prints how to resume, and exits; a second signal
+    acts at once. :func:`newest_checkpoint` finds the file to load.
 
-    When a run goes on from a checkpoint with this callback, what the logs have beyond it comes again, and is removed first:
-    rows of ``Monitor`` files (of environments of this process, made with ``monitor_kwargs=dict(override_existing=False)``),
-    and events in the folder of the TensorBoard log.
+    A resumed run with this callback first removes the rows of its ``Monitor`` files after the checkpoint (of environments of
+    this process, made with ``monitor_kwargs=dict(override_existing=False)``), and writes a SessionLog START event to its
+    TensorBoard log, at which TensorBoard drops the events after the checkpoint.
 
-    A checkpoint that cannot be written (a full disk) is reported, and training goes on. Put this callback last in a list: the
-    others behind it do not hear of the end of a training that a signal has stopped.
+    A checkpoint that cannot be written, e.g. on a full disk, is reported, and training continues. Put this callback last in a
+    list: callbacks behind it are not called at the end of a training that a signal has stopped.
 
-    :param save_path: folder of the checkpoints, made if it is not there
-    :param every_n_updates: updates from one checkpoint to the next, at least 1
-    :param every_n_minutes: minutes from one checkpoint to the next, above 0, if not ``every_n_updates``. Either is looked at
-        between two rollouts; there is one more at the end of training
-    :param keep: how many checkpoints to keep, at least 1
-    :param name_prefix: first part of the names of the files, as in SB3; statistics of ``VecNormalize`` are saved beside them
-    :param resume_command: what to do to go on, for the message of a run that was stopped. None: a line of Python
-    :param verbose: 1 to print what is saved
-    :raises ValueError: when an argument is out of its range
+    :param save_path: Folder of the checkpoints, created if it does not exist
+    :param every_n_updates: Number of updates between checkpoints, at least 1
+    :param every_n_minutes: Number of minutes between checkpoints, above 0, if ``every_n_updates`` is None. Checkpoints are
+        saved between two rollouts, and at the end of training
+    :param keep: Number of checkpoints to keep, at least 1
+    :param name_prefix: Prefix of the file names, as in SB3; statistics of ``VecNormalize`` are saved next to them
+    :param resume_command: Command that resumes the run, to print when it is stopped. None: a line of Python
+    :param verbose: 1 to print the saved files
+    :raises ValueError: if an argument is out of its range
     """
 
     model: Any
@@ -73,18 +73,18 @@ class AtomicCheckpointCallback(BaseCallback):
         self.keep = keep
         self.name_prefix = name_prefix
         self.resume_command = resume_command
-        # What signals did before this callback, and the one that has come
+        # Previous signal handlers, and the signal that was received
         self._handlers: dict[int, Any] = {}
         self._signal: int | None = None
 
     def _init_callback(self) -> None:
         self.save_path.mkdir(parents=True, exist_ok=True)
-        # What a process that was killed has not finished
+        # Unfinished files of killed processes
         for path in self.save_path.glob(f".{glob.escape(self.name_prefix)}_*.tmp"):
             path.unlink(missing_ok=True)
 
     def _on_training_start(self) -> None:
-        self._drop_what_comes_again()
+        self._truncate_logs()
         self._monitors = monitor_states(self.training_env)
         self._last_save = self.model._n_updates, time.monotonic()
         self._newest: tuple[Path, int] | None = None
@@ -116,10 +116,10 @@ class AtomicCheckpointCallback(BaseCallback):
         line = f"Stopped by {signal.Signals(number).name}."
         if self._newest is not None:
             path, n_steps = self._newest
-            # Private, but what SB3's own callbacks look at
+            # SB3's own callbacks read this private attribute
             n_left = self.model._total_timesteps - n_steps
             command = f"REINFORCE.load({str(path)!r}, env).learn({n_left}, reset_num_timesteps=False)"
-            line += f" To go on: {self.resume_command or command}"
+            line += f" To resume: {self.resume_command or command}"
         print(line, flush=True)
         if number == signal.SIGINT:
             raise KeyboardInterrupt(line)
@@ -132,7 +132,7 @@ class AtomicCheckpointCallback(BaseCallback):
         self.release_signals()
 
     def release_signals(self) -> None:
-        """Let signals do what they did before training. ``REINFORCE.learn()`` calls this when an error ends it."""
+        """Restore the previous signal handlers. ``REINFORCE.learn()`` calls this after an error."""
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -154,51 +154,48 @@ class AtomicCheckpointCallback(BaseCallback):
         except OSError as error:
             if not path.exists():
                 statistics_path(path).unlink(missing_ok=True)
-            print(f"The checkpoint {path} was not saved, and training goes on: {error}", flush=True)
+            print(f"The checkpoint {path} was not saved, and training continues: {error}", flush=True)
             return
         self._last_save = model._n_updates, time.monotonic()
         self._newest = path, n_steps
         if self.verbose >= 1:
             print(f"Saved {path}")
-        # Those of more steps are from another run
+        # Files with more steps belong to another run
         for _, old in [entry for entry in _checkpoints(self.save_path, self.name_prefix) if entry[0] <= n_steps][: -self.keep]:
             old.unlink(missing_ok=True)
             statistics_path(old).unlink(missing_ok=True)
 
-    def _drop_what_comes_again(self) -> None:
+    def _truncate_logs(self) -> None:
         state = vars(self.model).pop("_log_state", None)
-        # Not what a model has learned since it was loaded
+        # The model has been trained since it was loaded
         if state is None or state["n_steps"] != self.model.num_timesteps:
             return
         for monitor, (name, size, header) in zip(_file_monitors(self.training_env), state["monitors"], strict=False):
             path = Path(monitor.results_writer.file_handler.name)
-            # Another header: it was begun anew
+            # Another header means another file
             if path.name == name and path.exists() and path.stat().st_size >= size and _header(path) == header:
                 os.truncate(path, size)
-                # Times count from the beginning of the file
+                # Times are relative to the start of the file
                 if header.startswith("#"):
                     monitor.t_start = json.loads(header[1:])["t_start"]
         for output in _tensorboard_outputs(self.logger):
-            folder = Path(output.writer.log_dir)
-            # SB3 goes on in the latest folder, which may be that of another run
-            if folder.name in state["tensorboard"]:
-                try:
-                    drop_events(folder, state["n_steps"])
-                except OSError as error:
-                    print(f"Events after the checkpoint stay in {folder}: {error}", flush=True)
+            # SB3 continues in the latest folder, which may belong to another run
+            if Path(output.writer.log_dir).name in state["tensorboard"]:
+                event = Event(session_log=SessionLog(status=SessionLog.START))
+                output.writer._get_file_writer().add_event(event, state["n_steps"] + 1)
 
 
 def newest_checkpoint(folder: str | Path, name_prefix: str = "checkpoint") -> Path | None:
     """
-    Find the checkpoint of the most steps that is a complete model file.
+    Find the complete checkpoint with the most steps.
 
     :param folder: ``save_path`` of an :class:`AtomicCheckpointCallback`
-    :param name_prefix: that of the callback
-    :return: a path for ``REINFORCE.load()``, None if there is none
+    :param name_prefix: ``name_prefix`` of the callback
+    :return: path for ``REINFORCE.load()``, None if there is none
     """
     for _, path in reversed(_checkpoints(Path(folder), name_prefix)):
         try:
-            read_model_file(path, {})
+            read_model_file(path)
         except (ValueError, OSError):
             continue
         return path
@@ -207,9 +204,9 @@ def newest_checkpoint(folder: str | Path, name_prefix: str = "checkpoint") -> Pa
 
 def write_atomically(path: Path, content: bytes) -> None:
     """
-    Write a file that is there in full or not at all, even after a loss of power.
+    Write a file that is complete or absent, even after a loss of power.
 
-    :raises OSError: when it cannot be written; what was there before is still there
+    :raises OSError: if it cannot be written; a previous file is left alone
     """
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
@@ -230,7 +227,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def monitor_states(env: Any) -> list[tuple[str, int, str]]:
-    """Name, size in bytes and first line of each ``Monitor`` file of the environments of this process."""
+    """Name, size in bytes and header of each ``Monitor`` file of the environments of this process."""
     paths = [Path(monitor.results_writer.file_handler.name) for monitor in _file_monitors(env)]
     return [(path.name, path.stat().st_size, _header(path)) if path.exists() else (path.name, 0, "") for path in paths]
 
@@ -242,11 +239,11 @@ def _header(path: Path) -> str:
 
 def restore_evaluations(callback: EvalCallback, path: str | Path, last_step: int) -> int:
     """
-    Let an ``EvalCallback`` go on after the evaluations of an earlier run.
+    Continue the evaluations of an earlier run.
 
-    :param callback: the callback; its results, and the best of them, are those of the file
-    :param path: ``evaluations.npz`` of the run, which need not be there
-    :param last_step: later evaluations are left out: they come again
+    :param callback: callback whose results, and best result, are read from the file
+    :param path: ``evaluations.npz`` of the run, which may be missing
+    :param last_step: step of the checkpoint; later evaluations are ignored, because they are repeated
     :return: step of the latest evaluation, 0 if there is none
     """
     try:
@@ -256,34 +253,14 @@ def restore_evaluations(callback: EvalCallback, path: str | Path, last_step: int
             callback.evaluations_results = saved["results"][:n].tolist()
             callback.evaluations_length = saved["ep_lengths"][:n].tolist()
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        # Cut short, or never written
+        # Incomplete, or never written
         return 0
     callback.best_mean_reward = max((float(np.mean(returns)) for returns in callback.evaluations_results), default=-np.inf)
     return max(callback.evaluations_timesteps, default=0)
 
 
-def drop_events(folder: Path, last_step: int) -> None:
-    """Remove what a TensorBoard log has after a step, and events that were cut short."""
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    for path in folder.glob(".events.out.tfevents.*.tmp"):
-        path.unlink()
-    for path in folder.glob("events.out.tfevents.*"):
-        events = list(RawEventFileLoader(str(path)).Load())
-        kept = [event for event in events if Event.FromString(event).step <= last_step]
-        content = io.BytesIO()
-        writer = RecordWriter(content)
-        for event in kept:
-            writer.write(event)
-        # Not that of the run that begins
-        if len(kept) < len(events) or content.tell() < path.stat().st_size:
-            write_atomically(path, content.getvalue())
-
-
 def _file_monitors(env: Any) -> Iterator[Any]:
-    """``Monitor`` and ``VecMonitor`` that write files."""
+    """The ``Monitor`` and ``VecMonitor`` wrappers that write files."""
     wrappers = [env, *getattr(env.unwrapped, "envs", [])]
     while wrappers:
         wrapper = wrappers.pop(0)
@@ -297,17 +274,17 @@ def _tensorboard_outputs(logger: Any) -> list[TensorBoardOutputFormat]:
 
 
 def _checkpoints(folder: Path, name_prefix: str) -> list[tuple[int, Path]]:
-    """Steps and path of each checkpoint, fewest steps first."""
+    """Steps and path of each checkpoint, sorted by steps."""
     matches = ((re.fullmatch(rf"{re.escape(name_prefix)}_(\d+)_steps\.zip", path.name), path) for path in folder.glob("*.zip"))
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def statistics_path(checkpoint: Path) -> Path:
-    """Where the statistics of ``VecNormalize`` are, as SB3's ``CheckpointCallback`` names it."""
+    """Path of the statistics of ``VecNormalize``, named as by SB3's ``CheckpointCallback``."""
     prefix, n_steps = checkpoint.stem.removesuffix("_steps").rsplit("_", 1)
     return checkpoint.with_name(f"{prefix}_vecnormalize_{n_steps}_steps.pkl")
 
 
 def _num_timesteps(model: Any) -> int:
-    """Steps of a model as it is saved: without those of a rollout that is not finished."""
+    """Steps of a model as it is saved, without an unfinished rollout."""
     return (model._rollout_start or vars(model))["num_timesteps"]

@@ -1,6 +1,4 @@
-"""
-EnvPool's C++ simulators as a ``VecEnv`` (Weng et al., 2022, https://arxiv.org/abs/2206.10558), for any algorithm of SB3.
-"""
+"""``VecEnv`` of EnvPool's C++ environments (Weng et al., 2022, https://arxiv.org/abs/2206.10558), for any SB3 algorithm."""
 
 import time
 from collections.abc import Sequence
@@ -16,51 +14,51 @@ from sb3_reinforce.episodes.checks import check_integer
 from sb3_reinforce.episodes.schedule import EpisodeSchedule, episode_seed
 from sb3_reinforce.episodes.vec_env import EpisodeRunner
 
-#: Options of ``envpool.make`` that are set here: with others, a pool is asynchronous or not one of Gymnasium's environments.
+#: Options of ``envpool.make`` set by ``EnvPoolVecEnv``, which needs a synchronous pool of Gymnasium environments
 _RESERVED = ("num_envs", "env_seed", "env_type", "batch_size", "max_num_players", "gym_reset_return_info")
 
 
 class EnvPoolVecEnv(EpisodeRunner):
     """
-    Environments of EnvPool, stepped together in C++.
+    Vectorized EnvPool environment: all sub-environments are stepped together in C++.
 
-    Terminal observations, time-outs and the statistics of episodes (those of ``Monitor``) are where SB3 has them. With
-    ``REINFORCE``, environments without an episode to finish are left alone.
-
-    .. warning::
-        EnvPool cannot seed an episode. Training follows from ``seed`` if it is not interrupted, but no episode can be repeated
-        by its number, and a run that is resumed from a file goes on with other episodes.
+    The ``infos`` contain terminal observations, timeouts and episode statistics, as with SB3's ``VecEnv`` and ``Monitor``.
+    With ``REINFORCE``, idle sub-environments are not stepped.
 
     .. warning::
-        EnvPool's environments are not always Gymnasium's. An episode that terminates with the last step of its time limit
-        counts as timed out only. The pendulum of ``Pendulum-v1`` turns by its velocity before that is limited to 8, not after.
+        EnvPool cannot seed individual episodes. An uninterrupted run is reproducible with ``seed``, but single episodes are
+        not, and a resumed run continues with other episodes.
 
-    :param task_id: environment, one of ``envpool.list_all_envs()`` with one player and observations that are no dictionary
-    :param n_envs: number of environments, at least 1
-    :param seed: of the pool, in [0, 2**31). Each environment has a seed of its own that is derived from it
-    :param num_threads: threads that step the environments, 0 to let EnvPool choose
-    :param kwargs: other options for ``envpool.make``, ``max_episode_steps`` for instance
+    .. warning::
+        EnvPool's environments can differ from Gymnasium's. An episode that terminates in the last step of its time limit is
+        only reported as truncated. ``Pendulum-v1`` updates the angle before it clips the velocity to 8, not after.
+
+    :param task_id: id of the environment, one of ``envpool.list_all_envs()``, with one player and array observations
+    :param n_envs: number of sub-environments
+    :param seed: seed of the pool, in [0, 2**31). Each sub-environment has its own seed, derived from it
+    :param num_threads: number of threads that step the sub-environments, 0 to let EnvPool choose
+    :param kwargs: additional options of ``envpool.make``, for example ``max_episode_steps``
     :raises ImportError: if EnvPool is not installed
-    :raises ValueError: if an argument is out of its range, or the environment is not supported
+    :raises ValueError: if an argument is out of range, or the environment is not supported
     """
 
     seeds_episodes = False
 
     def __init__(self, task_id: str, n_envs: int, seed: int = 0, num_threads: int = 1, **kwargs: Any):
-        # What is out of range may end the process
+        # EnvPool can abort the process if an argument is out of range
         check_integer("n_envs", n_envs, 1)
         check_integer("seed", seed, 0, 2**31)
         check_integer("num_threads", num_threads, 0)
         for name in _RESERVED:
             if name in kwargs:
-                raise ValueError(f"{name} is not an option of EnvPoolVecEnv: it sets {', '.join(_RESERVED)} itself")
+                raise ValueError(f"{name} is not an option of EnvPoolVecEnv, which sets {', '.join(_RESERVED)} itself")
         try:
             import envpool
         except ImportError as error:
             raise ImportError(f"{error}. EnvPool needs: pip install 'sb3-reinforce[envpool]'") from error
         self.task_id = task_id
         self.render_mode = None
-        # EnvPool would add the index of the environment to a single seed: pools of seeds 0, 1, ... would share most of theirs
+        # From a single seed, EnvPool derives consecutive seeds: pools with seeds 0, 1, ... would share most of them
         seeds = [episode_seed(int(seed), env_idx) for env_idx in range(n_envs)]
         self.pool = envpool.make(
             task_id, env_type="gymnasium", num_envs=int(n_envs), seed=seeds, num_threads=int(num_threads), **kwargs
@@ -73,7 +71,7 @@ class EnvPoolVecEnv(EpisodeRunner):
         self._started = time.time()
 
     def _begin(self, env_ids: np.ndarray) -> None:
-        """Reset some environments."""
+        """Reset some sub-environments."""
         if len(env_ids):
             obs, info = self.pool.reset(env_ids.astype(np.int32))
             self._obs[info["env_id"]] = obs
@@ -83,7 +81,7 @@ class EnvPoolVecEnv(EpisodeRunner):
                 self._at_end.discard(env_idx)
 
     def reset(self) -> VecEnvObs:
-        self.owner = None
+        self.user = None
         self._begin(np.arange(self.num_envs))
         self._reset_seeds()
         self._reset_options()
@@ -101,7 +99,7 @@ class EnvPoolVecEnv(EpisodeRunner):
         schedule, n_envs = self.schedule, self.num_envs
         env_ids = np.arange(n_envs)
         if schedule is None:
-            self.owner = None
+            self.user = None
             self._begin(np.array(sorted(self._at_end), dtype=int))
         elif not self.steps_idle_envs:
             env_ids = schedule.active.nonzero()[0]
@@ -138,34 +136,34 @@ class EnvPoolVecEnv(EpisodeRunner):
         self.pool.close()
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """Of the pool, which all environments share: its ``spec``, for instance."""
+        """Return an attribute of the pool, for example its ``spec``."""
         value = self.render_mode if attr_name == "render_mode" else getattr(self.pool, attr_name)
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        raise NotImplementedError("EnvPool has no environments whose attributes could be set")
+        raise NotImplementedError("EnvPool does not support setting attributes of sub-environments")
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError("EnvPool has no environments whose methods could be called")
+        raise NotImplementedError("EnvPool does not support calling methods of sub-environments")
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
-        # With the statistics of Monitor
+        # The infos have the statistics of Monitor
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
-        """Does nothing: a pool is seeded when it is made."""
+        """Do nothing: the pool is seeded in the constructor."""
         return [None] * self.num_envs
 
 
 def _spaces(task_id: str, pool: Any) -> tuple[spaces.Space, spaces.Space]:
     """
-    Observation and action space of a pool, or those of Gymnasium's environment of the same name.
+    Return the observation and action space of the pool, or of Gymnasium's environment with the same id.
 
-    :raises ValueError: if they are not supported
+    :raises ValueError: if a space or the number of players is not supported
     """
     own = pool.observation_space, pool.action_space
     for kind, space in zip(("observation", "action"), own, strict=True):
-        # Others have no shape
+        # Only a single array has a shape
         if not isinstance(space, spaces.Space) or space.shape is None:
             raise ValueError(
                 f"EnvPoolVecEnv supports {kind}s that are a single array, but {task_id} has the {kind} space {space}"
@@ -174,12 +172,12 @@ def _spaces(task_id: str, pool: Any) -> tuple[spaces.Space, spaces.Space]:
         raise ValueError(f"EnvPoolVecEnv supports one player, but {task_id} has {pool.config['max_num_players']}")
     if task_id not in gym.registry:
         return own
-    # EnvPool's bounds are not always right: 1e-38 is the lower one of the lander
+    # Some of EnvPool's bounds are wrong (1e-38 as the lower bound of the lander)
     try:
         env = gym.make(task_id)
     except gym.error.DependencyNotInstalled:
         return own
     theirs = env.observation_space, env.action_space
     env.close()
-    # Options may change the shape
+    # Options can change the shape
     return own if any(one.shape != other.shape for one, other in zip(own, theirs, strict=True)) else theirs

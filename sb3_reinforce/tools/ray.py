@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster."""
+"""Executor for workers on a Ray cluster."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -9,12 +9,12 @@ from typing import Any
 
 class RayExecutor(Executor):
     """
-    Runs functions on Ray, in actors that keep their environments: a task of its own for each call costs 50 ms.
+    Run functions in Ray actors, which keep their environments between calls (unlike Ray tasks).
 
-    Ray starts an actor that has died again, and what it was doing, twice at most.
+    Ray restarts an actor that dies, and retries its calls at most twice.
 
-    :param n_workers: number of actors, of one CPU each
-    :param options: of the actors, see ``ray.remote``
+    :param n_workers: number of actors, with one CPU each
+    :param options: options of the actors, see ``ray.remote``
     :raises ImportError: if Ray is not installed
     """
 
@@ -31,7 +31,7 @@ class RayExecutor(Executor):
         options = {"num_cpus": 1, "max_restarts": -1, "max_task_retries": 2, **options}
         self._kill = ray.kill
         self._max_workers = n_workers
-        #: Actor -> what it has to do
+        #: Actor -> its unfinished calls
         self._futures: dict[Any, list[Future]] = {ray.remote(**options)(Worker).remote(): [] for _ in range(n_workers)}
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
@@ -46,7 +46,7 @@ class RayExecutor(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         if wait and not cancel_futures:
-            # One that was canceled is done, but nobody would tell
+            # Skip canceled futures, which never notify wait()
             wait_for([future for futures in self._futures.values() for future in futures if not future.done()])
         for actor in self._futures:
             self._kill(actor)

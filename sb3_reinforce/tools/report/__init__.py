@@ -1,8 +1,8 @@
 """
-One HTML page about runs: ``sb3-reinforce report RUN [RUN ...]``.
+HTML report of training runs: ``sb3-reinforce report RUN [RUN ...]``.
 
-A run is a folder that ``examples/lunar_lander.py`` or ``sb3-reinforce train`` has written. The page shows what is in it and
-says what is not. It is one file that needs no network and no JavaScript. The same input gives the same page.
+A run is a folder written by ``examples/lunar_lander.py`` or ``sb3-reinforce train``. The report lists missing parts. It is a
+single file without JavaScript and external resources, and the same runs always give the same file.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""Pictures of runs, as SVG in the colors of the page."""
+"""Figures of runs, as SVG in the colors of the page."""
 
 import io
 import itertools
@@ -17,36 +17,39 @@ from sb3_reinforce.tools.report.estimates import count, interval, iqm, number
 from sb3_reinforce.tools.report.groups import Group
 from sb3_reinforce.tools.report.runs import Run
 
-#: After Okabe and Ito, with a contrast of at least 3 on white and on black
+#: Based on the palette of Okabe and Ito, with a contrast of at least 3 on white and on black
 COLORS = ("#2b84c8", "#d55e00", "#009e73", "#cc79a7")
-#: Becomes the color of the page's text
+#: Placeholder for the text color of the page
 INK = "#123456"
-#: Scalars of the TensorBoard log that are shown: title and meaning
+#: TensorBoard scalars in the report: title and description
 DIAGNOSTICS = {
-    "train/std": ("Standard deviation", "Of the Gaussian policy's actions: how widely it explores."),
-    "train/entropy_loss": ("Entropy loss", "Minus the policy's entropy: it rises as the policy explores less."),
-    "train/kl_divergence_loss": ("Divergence", "KL divergence between the policies before and after each step."),
+    "train/std": ("Standard deviation", "Exploration noise of the Gaussian policy."),
+    "train/entropy_loss": ("Entropy loss", "Negative entropy of the policy: it increases when the policy explores less."),
+    "train/kl_divergence_loss": ("Divergence", "KL divergence between the policies before and after each update."),
     "train/explained_variance": (
         "Explained variance",
-        "Of the returns, by the baseline: 1 is a perfect prediction, 0 no better than a constant. Cut off at −1.",
+        "Quality of the baseline: 1 is a perfect prediction of the returns, 0 is no better than a constant. Clipped at −1.",
     ),
-    "train/grad_norm": ("Gradient norm", "Of the loss over a whole batch, before any limit."),
-    "time/between_rollouts": ("Time between rollouts", "Seconds from the last step of a batch to the first of the next."),
+    "train/grad_norm": ("Gradient norm", "Norm of the gradient of the loss over a batch, before clipping."),
+    "time/between_rollouts": (
+        "Time between rollouts",
+        "Seconds from the last step of a batch to the first step of the next batch.",
+    ),
 }
 
 
 @contextmanager
 def picture(into: list[dict[str, Any]], title: str, text: str, alt: str, width: float, salt: str) -> Iterator[Any]:
     """
-    Draw against steps, as SVG in the colors of the page.
+    Draw a figure against steps, as SVG in the colors of the page.
 
-    :param into: gets the picture
-    :param title: what is drawn
-    :param text: what that means
-    :param alt: what can be seen
-    :param width: in inches
-    :param salt: makes ids in the SVG differ from those of other pictures with this title
-    :return: axes to draw in
+    :param into: list to append the figure to
+    :param title: title of the figure
+    :param text: description of the figure
+    :param alt: alternative text for screen readers
+    :param width: width in inches
+    :param salt: salt of the ids in the SVG, which must be unique for figures with the same title
+    :return: axes to draw on
     """
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": salt + title, "text.parse_math": False, "font.size": 9}
     style |= {"axes.grid": True, "grid.alpha": 0.15, "axes.spines.top": False, "axes.spines.right": False}
@@ -69,11 +72,11 @@ def draw_band(axes: Any, curve: dict[str, Any], color: str, label: str, marker: 
     """
     Draw a curve and its interval.
 
-    :param axes: to draw in
+    :param axes: axes to draw on
     :param curve: (n_points,) arrays "steps", "mean", "low" and "high"
-    :param color: of both
-    :param label: of the curve
-    :param marker: of its points
+    :param color: color of the curve and the interval
+    :param label: label of the curve
+    :param marker: marker of the points
     """
     axes.plot(curve["steps"], curve["mean"], marker=marker, markersize=4, color=color, label=label)
     axes.fill_between(curve["steps"], curve["low"], curve["high"], color=color, alpha=0.25, linewidth=0)
@@ -81,8 +84,10 @@ def draw_band(axes: Any, curve: dict[str, Any], color: str, label: str, marker: 
 
 def draw_run(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
-    :param run: what to draw
-    :return: its learning curve, if there is any, and its diagnostics
+    Draw the figures of a run.
+
+    :param run: run to draw
+    :return: learning curve (empty without data), and diagnostics
     """
     learning: list[dict[str, Any]] = []
     diagnostics: list[dict[str, Any]] = []
@@ -96,7 +101,7 @@ def draw_run(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         seen.append(f"{count(evaluations['steps'], 'evaluation')}, from {first} to {last}, at best {best}")
         lows.append(evaluations["mean"].min())
     if seen:
-        text = "The band is the 95 % bootstrap interval of each evaluation, which is of the deterministic policy."
+        text = "Evaluations use the deterministic policy. The band is their 95% bootstrap interval."
         alt = f"Return against steps: {'; '.join(seen)}"
         with picture(learning, "Learning curve", text, alt, 4.2, run.name) as axes:
             axes.set_ylabel("return")
@@ -109,7 +114,7 @@ def draw_run(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 draw_band(axes, evaluations, COLORS[2], "evaluation", marker="o" if len(evaluations["steps"]) < 50 else "")
             if run.threshold is not None:
                 axes.axhline(run.threshold, color=INK, linestyle=":", label="solved")
-            # A few crashes would hide all else
+            # Ignore outliers: a few crashes would dominate the axis
             if np.isfinite(lows).all():
                 axes.set_ylim(bottom=min(lows) - 0.02 * abs(min(lows)))
     for tag, (title, text) in DIAGNOSTICS.items():
@@ -120,7 +125,7 @@ def draw_run(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             with picture(diagnostics, title, text, alt, 3.3, run.name) as axes:
                 shown = values.clip(min=-1) if title == "Explained variance" else values
                 axes.plot(steps, shown, color=COLORS[0])
-                # A constant looks like one
+                # Show a constant as a horizontal line, without noise
                 margin = 0.1 * np.abs(shown).max() + 1e-9
                 axes.set_ylim(shown.min() - margin, shown.max() + margin)
     return learning, diagnostics
@@ -128,32 +133,34 @@ def draw_run(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def draw_comparison(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """
-    :param groups: of runs to compare
-    :return: a picture of the evaluations in each environment
+    Draw the evaluations of groups of runs.
+
+    :param groups: groups to compare
+    :return: one figure per environment
     """
     pictures: list[dict[str, Any]] = []
     for env_id, of_env in itertools.groupby(groups, lambda group: group.env_id):
-        members = list(of_env)
-        if not any(run.evaluations for group in members for run in group.runs):
+        env_groups = list(of_env)
+        if not any(run.evaluations for group in env_groups for run in group.runs):
             continue
-        text = "Thin: the evaluations of each run. Thick: their IQM, with its 95 % bootstrap interval over runs."
-        labels = [f"{group.label}, {count(group.runs, 'run')}" for group in members]
+        text = "Thin lines: evaluations of each run. Thick line: IQM over runs, with its 95% bootstrap interval."
+        labels = [f"{group.label}, {count(group.runs, 'run')}" for group in env_groups]
         alt = f"Evaluations in {env_id} against steps: {'; '.join(labels)}"
         with picture(pictures, env_id, text, alt, 4.2, "") as axes:
             axes.set_ylabel("return")
-            for group, label, color in zip(members, labels, itertools.cycle(COLORS), strict=False):
+            for group, label, color in zip(env_groups, labels, itertools.cycle(COLORS), strict=False):
                 draw_evaluations(axes, [run.evaluations for run in group.runs if run.evaluations], color, label)
     return pictures
 
 
 def draw_evaluations(axes: Any, curves: list[dict[str, Any]], color: str, label: str) -> None:
     """
-    Draw the evaluations of some runs, and their IQM as far as all of them go.
+    Draw the evaluations of runs, and their IQM up to the end of the shortest run.
 
-    :param axes: to draw in
-    :param curves: of the runs, see :attr:`Run.evaluations`
-    :param color: of all lines
-    :param label: of the IQM
+    :param axes: axes to draw on
+    :param curves: evaluations of each run, see :attr:`Run.evaluations`
+    :param color: color of all lines
+    :param label: label of the IQM
     """
     for curve in curves:
         axes.plot(curve["steps"], curve["mean"], color=color, linewidth=0.6, alpha=0.6)

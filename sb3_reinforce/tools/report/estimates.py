@@ -1,4 +1,4 @@
-"""Statistics, and how a page says them."""
+"""Statistics of runs, and their formatting."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,20 +11,20 @@ def iqm(values: np.ndarray, axis: int = -1) -> Any:
     """
     Interquartile mean: the mean of the middle half (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264).
 
-    :param values: any array
-    :param axis: to average over
-    :return: an array without this axis, or a number
+    :param values: array of any shape
+    :param axis: axis to average over
+    :return: array without this axis, or a number
     """
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
 def interval(values: np.ndarray, statistic: Callable[..., Any]) -> tuple[Any, Any]:
     """
-    95 % percentile bootstrap interval of a statistic.
+    95% percentile bootstrap interval of a statistic, with a fixed seed.
 
-    :param values: (..., n), resampled along the last axis, always in the same way
-    :param statistic: a function of an array and ``axis``
-    :return: lower and upper bounds, (...) each; NaN for fewer than two values
+    :param values: (..., n) values, resampled along the last axis
+    :param statistic: function of an array and ``axis``
+    :return: (...) lower and upper bounds; NaN for fewer than two values
     """
     if values.shape[-1] < 2:
         return np.full(values.shape[:-1], np.nan), np.full(values.shape[:-1], np.nan)
@@ -35,25 +35,31 @@ def interval(values: np.ndarray, statistic: Callable[..., Any]) -> tuple[Any, An
 
 def number(value: float) -> str:
     """
-    :param value: to be written
-    :return: four digits of it, or all of those before the point
+    Format a number.
+
+    :param value: number to format
+    :return: four significant digits, or all digits before the decimal point
     """
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def count(things: Any, name: str) -> str:
     """
-    :param things: what has a length
-    :param name: of one
-    :return: how many there are: "3 runs"
+    Format a count.
+
+    :param things: object with a length
+    :param name: name in the singular
+    :return: length and name, for example "3 runs"
     """
     return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
 
 
 def estimate(value: float, bounds: tuple[float, float]) -> str:
     """
-    :param value: to be written
-    :param bounds: of its interval; NaN if it has none
-    :return: the value and its interval: "3 [2, 4]"
+    Format an estimate.
+
+    :param value: estimated value
+    :param bounds: bounds of its interval, NaN if there is none
+    :return: value and interval, for example "3 [2, 4]"
     """
     return number(value) if np.isnan(bounds[0]) else f"{number(value)} [{number(bounds[0])}, {number(bounds[1])}]"

@@ -1,4 +1,4 @@
-"""Runs that are compared: those of one environment with different settings."""
+"""Groups of runs to compare: runs with the same environment and settings."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,29 +14,31 @@ from sb3_reinforce.tools.report.runs import Run
 class Group:
     """Runs with the same environment and settings."""
 
-    #: A, B, C, ...
+    #: Letter of the group in the report
     label: str
     env_id: str
-    #: Those in which groups of this environment differ
+    #: Settings that differ between the groups of this environment
     settings: str
     runs: Sequence[Run]
 
     @property
     def returns(self) -> np.ndarray:
-        """(n_runs,) the mean final return of each run that has one."""
+        """(n_runs,) mean final returns, without runs that have none."""
         return np.array([run.final_returns.mean() for run in self.runs if run.final_returns is not None])
 
     @property
     def estimate(self) -> str:
-        """IQM of the returns, and its interval."""
+        """IQM of the returns and its interval."""
         returns = self.returns
         return estimate(iqm(returns), interval(returns, iqm)) if len(returns) else "unknown"
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
-    :param runs: to compare
-    :return: them by environment and settings
+    Group runs by environment and settings.
+
+    :param runs: runs to compare
+    :return: groups, in the order of their environments
     """
     groups: list[Group] = []
     labels = map(chr, itertools.count(ord("A")))
@@ -47,6 +49,6 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         by_settings: dict[str, list[Run]] = {}
         for run in of_env:
             text = ", ".join(f"{name}={run.settings.get(name, 'unknown')}" for name in names)
-            by_settings.setdefault(text or "one setting", []).append(run)
-        groups += [Group(next(labels), env_id, text, members) for text, members in by_settings.items()]
+            by_settings.setdefault(text or "same settings", []).append(run)
+        groups += [Group(next(labels), env_id, text, found) for text, found in by_settings.items()]
     return groups

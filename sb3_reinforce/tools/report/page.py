@@ -1,4 +1,4 @@
-"""The page about runs, and the command that writes it."""
+"""Report page and command-line interface."""
 
 import argparse
 import base64
@@ -18,8 +18,10 @@ from sb3_reinforce.tools.report.runs import Run, read_run
 
 def render(runs: Sequence[Run]) -> str:
     """
-    :param runs: one, or several to compare
-    :return: a page of HTML
+    Render the report.
+
+    :param runs: a single run, or several runs to compare
+    :return: HTML page
     """
     options: Any = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env = Environment(loader=PackageLoader("sb3_reinforce.tools.report", "."), extensions=["jinja2.ext.do"], **options)
@@ -31,12 +33,12 @@ def render(runs: Sequence[Run]) -> str:
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
     """
-    Write a page about one run, or about several and how they compare.
+    Write a report of one run, or a comparison of several runs.
 
-    :param folders: of the runs
-    :param output: the file; None for ``report.html``, in the folder of a single run or else in the current one
-    :return: the file
-    :raises ValueError: if a folder is that of no run
+    :param folders: folders of the runs
+    :param output: path of the report. If None, ``report.html`` in the folder of a single run, or in the current folder
+    :return: path of the report
+    :raises ValueError: if a folder is not a run
     """
     runs = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
     if len({run.name for run in runs}) < len(runs):
@@ -49,13 +51,15 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
 
 def main(options: Sequence[str] | None = None) -> None:
     """
-    The command ``sb3-reinforce report``.
+    Run the command ``sb3-reinforce report``.
 
-    :param options: its arguments; None for those of this process
+    :param options: command-line arguments, None to use ``sys.argv``
     """
-    parser = argparse.ArgumentParser(prog="sb3-reinforce report", description="Write a page of HTML about runs.")
+    parser = argparse.ArgumentParser(prog="sb3-reinforce report", description="Write an HTML report of training runs.")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run")
-    parser.add_argument("--output", metavar="FILE", help="default: report.html in the folder of a single run, or else here")
+    parser.add_argument(
+        "--output", metavar="FILE", help="default: report.html in the folder of a single run, or in the current folder"
+    )
     arguments = parser.parse_args(options)
     try:
         print(f"The report is {write_report(arguments.runs, arguments.output)}")

@@ -1,4 +1,4 @@
-"""What a run has left in its folder: ``examples/lunar_lander.py`` and ``sb3-reinforce train`` have written it."""
+"""Reading of runs written by ``examples/lunar_lander.py`` or ``sb3-reinforce train``."""
 
 import base64
 import glob
@@ -19,11 +19,11 @@ import yaml
 from gymnasium import registry
 from stable_baselines3.common.monitor import LoadMonitorResultsError, get_monitor_files, load_results
 
-from sb3_reinforce.episodes.files import read_model_file
+from sb3_reinforce.episodes.checks import read_model_file
 from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.tools.report.estimates import interval
 
-#: Arguments of REINFORCE that do not change what is learned, and two that are shown elsewhere
+#: Arguments of REINFORCE that do not affect training, or are shown elsewhere in the report
 _NO_SETTINGS = ("policy", "seed", "tensorboard_log", "verbose", "device")
 _EVENTS = "events.out.tfevents.*"
 _MAX_VIDEO_BYTES = 30_000_000
@@ -31,7 +31,7 @@ _MAX_VIDEO_BYTES = 30_000_000
 
 @dataclass
 class Run:
-    """What a folder holds. What it lacks is None or empty, and named in ``missing``."""
+    """Content of the folder of a run. Missing parts are None or empty, and listed in ``missing``."""
 
     folder: Path
     name: str
@@ -39,11 +39,11 @@ class Run:
     seed: str = "unknown"
     steps: int | None = None
     updates: int | None = None
-    #: When the first environment was made
+    #: Time at which the first environment was created
     start: float = 0.0
     episodes: Any = None
     evaluations: dict[str, np.ndarray] | None = None
-    #: Of the evaluation after training, or else of the last one during it
+    #: Returns of the evaluation after training, or of the last evaluation during training
     final_returns: np.ndarray | None = None
     mean_length: float | None = None
     scalars: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
@@ -51,14 +51,14 @@ class Run:
     settings: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     command: str | None = None
-    #: The mean return at which the environment counts as solved
+    #: Mean return at which the environment is considered solved
     threshold: float | None = None
     videos: list[Path] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
 
 class _ZooLoader(yaml.SafeLoader):
-    """Reads RL Zoo's files without making Python objects, apart from dictionaries."""
+    """Load RL Zoo's files without creating Python objects other than dictionaries."""
 
 
 _ZooLoader.add_constructor(
@@ -70,15 +70,15 @@ _ZooLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suf
 
 def read_run(folder: str | Path) -> Run:
     """
-    Read what a run has left in a folder.
+    Read the folder of a run.
 
-    :param folder: written by ``examples/lunar_lander.py`` or ``sb3-reinforce train``
-    :return: its content; what is missing or damaged is named
-    :raises ValueError: if the folder holds nothing of a run
+    :param folder: folder written by ``examples/lunar_lander.py`` or ``sb3-reinforce train``
+    :return: content of the folder; ``missing`` lists missing and damaged parts
+    :raises ValueError: if the folder is not a run
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no run: there is no such folder")
+        raise ValueError(f"{folder} is not a run: no such folder")
     name = folder.resolve().name
     run = Run(folder, name, env_id=re.sub(r"_\d+$", "", name))
     readers: dict[str, Callable[[Run], None]] = {
@@ -91,7 +91,7 @@ def read_run(folder: str | Path) -> Run:
         "Video": _find_videos,
     }
     for what, read in readers.items():
-        # Damaged files fail in many ways
+        # Damaged files raise exceptions of many types
         try:
             read(run)
         except FileNotFoundError as error:
@@ -101,8 +101,8 @@ def read_run(folder: str | Path) -> Run:
     run.threshold = getattr(registry.get(run.env_id), "reward_threshold", None)
     if run.episodes is None and run.final_returns is None and not (run.model or run.scalars):
         inside = sorted(path.parent for name in ("*/*monitor.csv", "*/evaluations.npz") for path in folder.glob(name))
-        hint = f"; {inside[0]} may be one" if inside else ""
-        raise ValueError(f"{folder} is no run: it has no monitor files, evaluations, model or TensorBoard log{hint}")
+        hint = f" (try {inside[0]})" if inside else ""
+        raise ValueError(f"{folder} is not a run: it has no monitor files, evaluations, model or TensorBoard log{hint}")
     return run
 
 
@@ -113,7 +113,7 @@ def _read_episodes(run: Run) -> None:
     run.env_id = headers[0].get("env_id") or run.env_id
     run.start = min(header["t_start"] for header in headers)
     if episodes.empty:
-        raise ValueError("none has ended")
+        raise ValueError("no finished episode")
     run.episodes = episodes.assign(steps=episodes["l"].cumsum())
 
 
@@ -126,7 +126,7 @@ def _read_evaluations(run: Run) -> None:
 
 
 def _read_model(run: Run) -> None:
-    """Read the JSON of the model of the most steps, and RL Zoo's hyperparameters. Nothing is unpickled."""
+    """Read the latest model and RL Zoo's hyperparameters, without unpickling."""
     for path in run.folder.glob("*/config.yml"):
         zoo = yaml.load(path.read_text(encoding="utf-8"), _ZooLoader)
         run.settings = {name: repr(value) for name, value in zoo.items() if name not in ("policy", "n_timesteps")}
@@ -151,8 +151,10 @@ def _read_model(run: Run) -> None:
 
 def setting_text(value: Any) -> str:
     """
-    :param value: of the JSON in a model file
-    :return: as Python would write it; of what is pickled, the name of a class, or the type and its readable attributes
+    Format a value of a model file.
+
+    :param value: value from the JSON of the model file
+    :return: ``repr`` of the value. For pickled values, the name of the class, or the type and its readable attributes
     """
     if not (isinstance(value, dict) and ":type:" in value):
         return repr(value)
@@ -181,11 +183,11 @@ def _read_scalars(run: Run) -> None:
 
     logs = load(run.folder, _EVENTS, f"*/{_EVENTS}", f"*/*/{_EVENTS}")
     if not logs and run.model.get("tensorboard_log") and run.episodes is not None:
-        # RL Zoo keeps the logs of all runs in one place: this run's began while its episodes were recorded
+        # RL Zoo stores the logs of all runs in one folder: find the log that starts during the training episodes
         logs = load(Path(run.model["tensorboard_log"]), f"*/{_EVENTS}")
         logs = [log for log in logs if 0 <= log.FirstEventTimestamp() - run.start <= run.episodes["t"].max()]
         if len(logs) > 1:
-            raise ValueError(f"{len(logs)} logs in {run.model['tensorboard_log']} may be those of this run")
+            raise ValueError(f"{len(logs)} logs in {run.model['tensorboard_log']} may belong to this run")
     if not logs:
         raise ValueError("no TensorBoard log")
     log = max(logs, key=lambda log: log.FirstEventTimestamp())
@@ -208,10 +210,10 @@ def _read_command(run: Run) -> None:
 
 
 def _zoo_command(text: str, run: Run) -> str:
-    """What RL Zoo has written, with quotes and the seed that was drawn, and without the checkpoint it was resumed from."""
+    """Complete RL Zoo's command with quotes and the random seed, and remove the checkpoint of a resumed run."""
     words: list[str] = []
     for word in text.split():
-        # A space between brackets is one inside an argument
+        # A space inside brackets is part of an argument
         if words and sum(map(words[-1].count, "([{")) > sum(map(words[-1].count, ")]}")):
             words[-1] += f" {word}"
         else:
@@ -227,9 +229,9 @@ def _zoo_command(text: str, run: Run) -> str:
 
 
 def _find_videos(run: Run) -> None:
-    # RL Zoo's training.mp4 has those of the checkpoints in it
+    # RL Zoo's training.mp4 contains the videos of the checkpoints
     paths = sorted(path for name in ("*.mp4", "videos/*.mp4") for path in run.folder.glob(name))
     paths = [path for path in paths if not path.name.startswith("checkpoint-")]
     run.videos = [path for path in paths if path.stat().st_size <= _MAX_VIDEO_BYTES]
     if not paths or len(run.videos) < len(paths):
-        raise ValueError("too large for a page" if paths else "no *.mp4")
+        raise ValueError("too large for the report" if paths else "no *.mp4")
