@@ -69,7 +69,7 @@ test-lowest: constraints.txt pyproject.toml
 
 test-extras: $(STAMP)
 	$(PIP) install -q -c constraints.txt -e '.[envpool,ray]'
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "slow or not slow" tests/test_envpool.py tests/integration/test_workers.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "slow or not slow" tests/test_envpool.py tests/test_ray.py tests/runs/test_runs_on_workers.py $(ARGS)
 
 slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(ARGS)

@@ -66,10 +66,10 @@ def measure(model: Any) -> dict[str, float]:
     for method in ("on_step", "update_locals"):
         clocks.wrap(callback, method, "callbacks")
     clocks.wrap(model, "train", "update")
-    clocks.wrap(model.rollout_buffer, "compute_returns_and_advantage", "update")
     if isinstance(model, REINFORCE):
-        clocks.wrap(model, "_baseline_features", "update")
+        clocks.wrap(model, "_compute_advantages", "update")
     else:
+        clocks.wrap(model.rollout_buffer, "compute_returns_and_advantage", "update")
         clocks.wrap(model.policy, "forward", "acting")
     before = model.num_timesteps
     started = time.perf_counter()

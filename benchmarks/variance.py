@@ -296,6 +296,11 @@ def measure(env_id: str, n_batches: int) -> dict[str, Any]:
     )
 
 
+def current_variants(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the figures of all variants whose feature map still exists."""
+    return [row for row in result["variants"] if row["critic"] in ("", "mean", *FEATURE_MAPS)]
+
+
 #: Offsets and markers of the plot, by the data that the critics are fitted to
 OFFSETS = {"fresh": 0.2, "memory": -0.2}
 MARKERS: dict[str, dict[str, Any]] = {
@@ -321,7 +326,7 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
     names: list[str] = []
     for column, (env_id, result) in enumerate(results.items()):
         panels[0, column].set_title(f"{env_id}, mean return {result['mean_return']:.0f}")
-        for row in result["variants"]:
+        for row in current_variants(result):
             variant = Variant(row["advantage"], row["critic"], row["fitted"])
             names += [] if label(variant) in names else [label(variant)]
             height = names.index(label(variant)) + OFFSETS.get(variant.fitted, 0.0)
@@ -368,7 +373,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     columns = [f"{env_id}: {name}" for env_id in results for name in ("variance", "SNR", "cosine")]
     lines += ["", "| " + " | ".join(["`advantage`", "`baseline`", "fitted to", *columns]) + " |"]
     lines.append("|" + " --- |" * (3 + len(columns)))
-    for rows in zip(*(result["variants"] for result in results.values()), strict=True):
+    for rows in zip(*map(current_variants, results.values()), strict=True):
         what = [rows[0]["advantage"], rows[0]["critic"] or "none", FITTED[rows[0]["fitted"]]]
         for row in rows:
             what += [cell(row["relative_variance"]), cell(row["snr"]), cell(row["cosine"], "{:.2f}".format)]

@@ -27,8 +27,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from benchmarks.common import IMAGES, RESULTS, SCALING, fill, provenance, write_json
 from benchmarks.throughput import LANDER, environment_alone, make_model
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.episodes.tasks import run_episodes
-from sb3_reinforce.episodes.workers import make_job
+from sb3_reinforce.episodes.tasks import pack_config, run_episodes
 from sb3_reinforce.tools import EnvPoolVecEnv
 
 BATCH = 4000
@@ -151,13 +150,12 @@ def added_seconds(n_batches: int) -> list[float]:
 
         def _on_rollout_end(self) -> None:
             seconds = self.last_step - self.started
-            job = make_job(model)
-            content = job.pack()
+            content = pack_config(model)
             name = f"from episode {self.first}"
-            run_episodes(name, content, 0, 1)
+            run_episodes(name, content, range(1))
             started = time.perf_counter()
             n_episodes = int(model.rollout_buffer.episode_starts.sum())
-            run_episodes(name, content, self.first, n_episodes)
+            run_episodes(name, content, range(self.first, self.first + n_episodes))
             added.append(seconds - (time.perf_counter() - started))
 
     model.learn(n_batches * BATCH, callback=Compare())

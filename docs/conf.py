@@ -23,13 +23,12 @@ html_theme = "furo"
 html_title = f"sb3-reinforce {version}"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
-# The pages need no network: no font, script or formula comes from elsewhere
+# Fonts, scripts and formulas are part of the pages, which need no network
 html_math_renderer = "mathml"
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
 myst_heading_anchors = 3
-# The notebook runs whenever the pages are built, in the folder of a temporary copy. It is not cached: Jupyter's cache notices
-# changes of the notebook, but not of the package that it runs
+# Run the notebook at each build, in a temporary copy: Jupyter's cache does not notice changes of the package
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
@@ -56,6 +55,6 @@ def block_math(translator: Any, node: nodes.Node) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    # Sphinx reads what is below this folder only
+    # Sphinx only reads files below this folder
     shutil.copyfile(HERE.parent / "examples" / "lunar_lander.ipynb", HERE / "lunar_lander.ipynb")
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))

@@ -111,11 +111,8 @@ class BaselinePolicy(ActorCriticPolicy):
             return self.get_distribution(obs), vf_features
         return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(pi_features)), vf_features
 
-    def baseline_features(self, obs: PyTorchObs, vf_features: th.Tensor | None = None) -> th.Tensor:
-        """Compute the (n, n_features) features of the baseline, from the critic's extracted features if they are known."""
-        if vf_features is None:
-            features = self.extract_features(obs)
-            vf_features = features if self.share_features_extractor else features[1]
+    def baseline_features(self, vf_features: th.Tensor) -> th.Tensor:
+        """Compute the (n, n_features) features of the baseline from the critic's extracted features."""
         return self.value_net.project(self.mlp_extractor.forward_critic(vf_features))  # type: ignore[operator]
 
     def chunk_size(self) -> int:
@@ -167,7 +164,9 @@ class MlpPolicy(BaselinePolicy):
         if net_arch is None:
             net_arch = [] if kwargs["features_extractor_class"] == NatureCNN else [64, 64]
         if isinstance(net_arch, list) and net_arch and isinstance(net_arch[0], dict):
-            warnings.warn("net_arch=[dict(...)] is deprecated in SB3: use net_arch=dict(...)", stacklevel=2)
+            warnings.warn(
+                "As shared layers in the mlp_extractor are removed, pass net_arch=dict(...), not a list", stacklevel=2
+            )
             net_arch = net_arch[0]
         if isinstance(net_arch, dict):
             if net_arch.get("vf"):

@@ -27,6 +27,8 @@ from sb3_reinforce.policies import BaselineName, BaselinePolicy, CnnPolicy, MlpP
 
 #: Maximum number of states used to estimate the Fisher matrix
 _FISHER_STATES = 256
+#: Action distributions and the critic's extracted features in the states of a batch, by chunk
+Evaluations = list[tuple[Distribution, th.Tensor]]
 
 
 class REINFORCE(EpisodicAlgorithm):
@@ -178,7 +180,7 @@ class REINFORCE(EpisodicAlgorithm):
         buffer.returns = returns.discounted_returns(buffer.rewards, buffer.episode_starts, self.gamma)
         # The critics are fitted to earlier batches
         if policy.action_value_net is not None or np.isnan(buffer.values).any():
-            features, actions = self._critic_inputs()
+            features, actions = self._critic_inputs(self._evaluate_batch())
             buffer.values = policy.value_net.predict(features).cpu().numpy().flatten()  # type: ignore[operator]
             if policy.action_value_net is not None:
                 buffer.action_values = policy.action_value_net.predict(features, actions).cpu().numpy().flatten()
@@ -193,11 +195,8 @@ class REINFORCE(EpisodicAlgorithm):
 
     def train(self) -> None:
         """
-        Update the policy with one step on the whole batch, then fit the critics to it.
-
-        An error or Ctrl-C leaves the model as it was before.
-
-        :raises ValueError: if the gradient, or the policy after the step, is not finite
+        Update the policy with one step on the whole batch, then fit the critics to it. An error or Ctrl-C leaves the model as
+        it was before, for example a ValueError because the gradient, or the policy after the step, is not finite.
         """
         buffer, policy = self.rollout_buffer, self.policy
         self.logger.record("train/n_updates", self._n_updates + 1, exclude="tensorboard")
@@ -207,16 +206,17 @@ class REINFORCE(EpisodicAlgorithm):
 
         with self._all_or_nothing():
             self._compute_gradient()
-            old = self._distributions()
-            divergence = self._optimizer_step(old) if self.target_kl is None else self._natural_step(old)
-            if divergence is not None:
+            old = self._evaluate_batch()
+            new = self._optimizer_step(old) if self.target_kl is None else self._natural_step(old)
+            if (divergence := self._divergence(old, new)) is not None:
                 self.logger.record("train/kl_divergence_loss", divergence)
             if hasattr(policy, "log_std"):
                 self.logger.record("train/std", th.exp(policy.log_std).mean().item())
 
             if policy.observation_normalizer is not None:
                 policy.observation_normalizer.update(buffer.observations)
-            features, actions = self._critic_inputs()
+                new = self._evaluate_batch()
+            features, actions = self._critic_inputs(new)
             policy.value_net.fit(features.cpu().numpy(), buffer.returns)  # type: ignore[operator]
             if policy.action_value_net is not None:
                 policy.action_value_net.fit(features, actions, buffer.returns)
@@ -260,21 +260,22 @@ class REINFORCE(EpisodicAlgorithm):
         for name, value in losses.items():
             self.logger.record(f"train/{name}", value)
 
-    def _optimizer_step(self, old: list[Distribution]) -> float | None:
-        """Take a step of the optimizer, see :meth:`_divergence` for the argument and the result."""
+    def _optimizer_step(self, old: Evaluations) -> Evaluations:
+        """Take a step of the optimizer. Return the evaluations of the new policy."""
         check_scheduled("learning_rate", self.lr_schedule(self._current_progress_remaining), self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
         self.policy.optimizer.step()
         try:
-            divergence = self._divergence(old)
+            new = self._evaluate_batch()
+            divergence = self._divergence(old, new)
             if divergence is not None and not math.isfinite(divergence):
                 raise ValueError("The divergence of the new policy from the old one is infinite")
         except ValueError as error:
             raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
-        return divergence
+        return new
 
-    def _natural_step(self, old: list[Distribution]) -> float | None:
-        """Take a step of ``target_kl`` along the natural gradient, see :meth:`_divergence` for the argument and the result."""
+    def _natural_step(self, old: Evaluations) -> Evaluations:
+        """Take a step of ``target_kl`` along the natural gradient. Return the evaluations of the new policy."""
         schedule: Any = self.target_kl
         time = self._n_updates if isinstance(schedule, InverseTimeDecay) else self._current_progress_remaining
         target_kl = float(schedule(time) if callable(schedule) else schedule)
@@ -282,36 +283,42 @@ class REINFORCE(EpisodicAlgorithm):
         trained = (parameter for group in self.policy.optimizer.param_groups for parameter in group["params"])
         parameters = [parameter for parameter in trained if parameter.grad is not None]
         if target_kl == 0 or not any(parameter.grad.any() for parameter in parameters):
-            return self._divergence(old)
+            return old
         states = self.rollout_buffer.evenly_spaced(min(_FISHER_STATES, self.policy.chunk_size())).observations
-        divergence: Any = lambda: self._divergence(old)  # noqa: E731
+        new: Evaluations = []
+
+        def divergence() -> Any:
+            new[:] = self._evaluate_batch()
+            return self._divergence(old, new)
+
         try:
             product = fisher_vector_product(self_divergence(self.policy, states), parameters)
-            return natural_step(parameters, product, divergence, target_kl, self.cg_damping, self.cg_max_steps)
+            natural_step(parameters, product, divergence, target_kl, self.cg_damping, self.cg_max_steps)
         except NotImplementedError as error:
-            name = type(old[0]).__name__
-            raise ValueError(f"The divergence of a {name} has no closed form: set target_kl=None") from error
+            raise ValueError(
+                f"The divergence of a {type(old[0][0]).__name__} has no closed form: set target_kl=None"
+            ) from error
         except ValueError as error:
             raise ValueError(f"Update {self._n_updates + 1} was undone. {error}") from error
+        return new
 
-    def _divergence(self, old: list[Distribution]) -> float | None:
-        """Mean divergence of the policy from its :meth:`_distributions` before the step, None if it has no closed form."""
+    @th.no_grad()
+    def _evaluate_batch(self) -> Evaluations:
+        """Evaluate the states of the batch, chunk by chunk, to bound the memory of a forward pass."""
+        chunks = self.rollout_buffer.get(self.policy.chunk_size())
+        evaluations = (self.policy.evaluate_observations(chunk.observations) for chunk in chunks)
+        return [(copy(distribution), vf_features) for distribution, vf_features in evaluations]
+
+    @th.no_grad()
+    def _divergence(self, old: Evaluations, new: Evaluations) -> float | None:
+        """Mean divergence of the new policy from the old one, None if it has no closed form."""
         try:
-            with th.no_grad():
-                pairs = zip(old, self._distributions(), strict=True)
-                return th.cat([returns.kl_divergence(*pair) for pair in pairs]).mean().item()
+            return th.cat([returns.kl_divergence(a[0], b[0]) for a, b in zip(old, new, strict=True)]).mean().item()
         except NotImplementedError:
             return None
 
-    def _distributions(self) -> list[Distribution]:
-        """Action distributions in the states of the batch, one for each chunk of the batch."""
-        with th.no_grad():
-            chunks = self.rollout_buffer.get(self.policy.chunk_size())
-            return [copy(self.policy.evaluate_observations(chunk.observations)[0]) for chunk in chunks]
-
-    def _critic_inputs(self) -> tuple[th.Tensor, th.Tensor]:
+    @th.no_grad()
+    def _critic_inputs(self, evaluations: Evaluations) -> tuple[th.Tensor, th.Tensor]:
         """(n_transitions, n_features) features of the baseline, and (n_transitions, action_dim) actions of the batch."""
-        with th.no_grad():
-            chunks = self.rollout_buffer.get(self.policy.chunk_size())
-            features = th.cat([self.policy.baseline_features(chunk.observations) for chunk in chunks])
+        features = th.cat([self.policy.baseline_features(vf_features) for _, vf_features in evaluations])
         return features, th.as_tensor(self.rollout_buffer.actions, device=self.device)

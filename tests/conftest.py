@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Settings and fixtures of all tests."""
 
 from collections.abc import Iterator
 
@@ -18,3 +18,11 @@ def one_torch_thread() -> Iterator[None]:
     th.set_num_threads(1)
     yield
     th.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def checked_distributions() -> Iterator[None]:
+    """Let distributions check their parameters: ``torch.compile`` turns that off for the whole process."""
+    th.distributions.Distribution.set_default_validate_args(True)
+    yield
+    th.distributions.Distribution.set_default_validate_args(True)

@@ -1,4 +1,4 @@
-"""Executors that complete tasks in an order, or fail at a moment, that a test has chosen."""
+"""Executors that complete tasks in an order, or fail at a moment, that a test chooses."""
 
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Executor, Future
@@ -10,7 +10,7 @@ import numpy as np
 
 class LazyFuture(Future):
     """
-    Is worked on when its result is asked for.
+    A future whose tasks run when its result is requested.
 
     :param work: completes one task of the executor
     """
@@ -27,18 +27,18 @@ class LazyFuture(Future):
 
 class FakeExecutor(Executor):
     """
-    Runs tasks one after the other in this thread, when a result is asked for.
+    Runs tasks on a range, the last argument of their function, in this thread when a result is requested.
 
-    :param n_workers: how many tasks it says it runs at a time
-    :param run: what to do for a task, with the last two arguments of its function; None to call the function itself
-    :param rng: of the order of tasks, some of which are run before anyone asks; None for the order of their submission
-    :param breaks_after: number of tasks after which all of its workers are dead; None for never
+    :param n_workers: number of tasks that it claims to run at a time
+    :param run: replaces the submitted function, with the range; None to call the function itself
+    :param rng: generator of the order of tasks, some of which run at once; None for the order of submission
+    :param breaks_after: number of tasks after which all workers are dead; None for never
     """
 
     def __init__(
         self,
         n_workers: int,
-        run: Callable[[int, int], Any] | None = None,
+        run: Callable[[range], Any] | None = None,
         rng: np.random.Generator | None = None,
         breaks_after: int | None = None,
     ):
@@ -46,20 +46,18 @@ class FakeExecutor(Executor):
         self.run = run
         self.rng = rng
         self.n_left = breaks_after
-        self.is_broken = False
-        #: The last two arguments of each function that was submitted, those of the tasks that were run, and the results
-        self.submitted: list[tuple[int, int]] = []
-        self.ran: list[tuple[int, int]] = []
+        #: Ranges that were submitted, ranges that were run, and their results
+        self.submitted: list[range] = []
+        self.ran: list[range] = []
         self.results: list[Any] = []
         self.waiting: list[tuple[LazyFuture, Callable[..., Any], tuple[Any, ...]]] = []
         self.most_waiting = 0
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        if self.is_broken:
+        if self.n_left == -1:
             raise BrokenExecutor("the workers are dead")
-        assert not kwargs
         future = LazyFuture(self.run_one)
-        self.submitted.append(args[-2:])
+        self.submitted.append(args[-1])
         self.waiting = [task for task in self.waiting if not task[0].cancelled()]
         self.waiting.append((future, function, args))
         self.most_waiting = max(self.most_waiting, len(self.waiting))
@@ -72,26 +70,20 @@ class FakeExecutor(Executor):
         future, function, args = self.waiting.pop(index)
         if not future.set_running_or_notify_cancel():
             return
-        if self.n_left == 0:
-            self.is_broken = True
-            for other in (future, *(task[0] for task in self.waiting if not task[0].cancelled())):
-                other.set_exception(BrokenExecutor("a worker has died"))
-            self.waiting = []
-            return
         if self.n_left is not None:
             self.n_left -= 1
-        self.ran.append(args[-2:])
-        try:
-            result = function(*args) if self.run is None else self.run(*args[-2:])
-        except Exception as error:
-            future.set_exception(error)
-        else:
-            self.results.append(result)
-            future.set_result(result)
+            if self.n_left == -1:
+                for other in (future, *(task[0] for task in self.waiting if not task[0].cancelled())):
+                    other.set_exception(BrokenExecutor("a worker has died"))
+                self.waiting = []
+                return
+        self.ran.append(args[-1])
+        self.results.append(function(*args) if self.run is None else self.run(args[-1]))
+        future.set_result(self.results[-1])
 
 
 class FakeRay:
-    """A module ``ray`` whose actors run what they are asked for one after the other, when :meth:`run_all` is called."""
+    """A module ``ray`` whose actors run their calls one after the other when :meth:`run_all` is called."""
 
     def __init__(self) -> None:
         self.options: list[dict[str, Any]] = []
@@ -100,16 +92,11 @@ class FakeRay:
 
     def remote(self, **options: Any) -> Callable[[type], Any]:
         self.options.append(options)
-
-        def make(cls: type) -> Any:
-            return SimpleNamespace(remote=lambda *args: self._start(cls(*args)))
-
-        return make
+        return lambda cls: SimpleNamespace(remote=lambda *args: self._start(cls(*args)))
 
     def _start(self, instance: Any) -> Any:
-        actor = FakeActor(instance)
-        self.actors.append(actor)
-        return actor
+        self.actors.append(FakeActor(instance))
+        return self.actors[-1]
 
     def kill(self, actor: Any) -> None:
         self.killed.append(actor)
@@ -118,10 +105,9 @@ class FakeRay:
         for actor in self.actors:
             while actor.calls:
                 args, future = actor.calls.pop(0)
-                if actor in self.killed:
-                    future.set_exception(RuntimeError("The actor is dead"))
-                    continue
                 try:
+                    if actor in self.killed:
+                        raise RuntimeError("The actor is dead")
                     future.set_result(actor.instance.run(*args))
                 except Exception as error:
                     future.set_exception(error)
@@ -134,6 +120,6 @@ class FakeActor:
         self.run = SimpleNamespace(remote=self._call)
 
     def _call(self, *args: Any) -> Any:
-        future: Future = Future()
-        self.calls.append((args, future))
+        self.calls.append((args, Future()))
+        future = self.calls[-1][1]
         return SimpleNamespace(future=lambda: future)

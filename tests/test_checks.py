@@ -1,32 +1,100 @@
-"""What is refused, and in what words; spaces and damaged files are in tests/integration."""
+"""Validation of hyperparameters, spaces, policies and model files. Errors name the argument, its value and the remedy."""
 
-import base64
+import functools
 import io
 import json
-import pickle
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3 import A2C
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_reinforce import REINFORCE
-from sb3_reinforce.episodes.files import FILE_FORMAT, read_model_file
-from tests.envs import ScriptedEnv
+from sb3_reinforce.episodes.checks import FILE_FORMAT, check_scheduled, read_model_file
+from tests.envs import RandomEnv, ScriptedEnv
+from tests.runs.common import assert_same_parameters
 
-# Arguments -------------------------------------------------------------------------------------------------------------------
+VECTOR = spaces.Box(-1, 1, (3,))
+CHOICE = spaces.Discrete(3)
+
+# Hyperparameters -------------------------------------------------------------------------------------------------------------
 
 
-def test_recurrent_policies_are_refused():
-    with pytest.raises(ValueError, match="not recurrent"):
-        REINFORCE(RecurrentActorCriticPolicy, ScriptedEnv([4]))
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *[("n_steps", value) for value in (0, 2.5, "3", True)],
+        *[("n_episodes", value) for value in (-3, 1.5)],
+        *[("gamma", value) for value in (0.0, 1.1, np.nan, None)],
+        *[("ent_coef", value) for value in (-0.1, np.inf)],
+        *[("target_kl", value) for value in (0.0, np.nan, "lin_1e-2")],
+        *[("cg_max_steps", value) for value in (0, None)],
+        *[("cg_damping", value) for value in (0.0, np.inf)],
+        *[("learning_rate", value) for value in (-1e-3, np.nan, "lin_5e-3")],
+        *[("max_episode_steps", value) for value in (0, 1.5)],
+        *[("baseline_memory", value) for value in (-0.1, 1.0, np.nan)],
+        *[("baseline", value) for value in ("quadratic", 3)],
+        *[("baseline_kwargs", dict(ridge=value)) for value in (-1.0, np.nan, "1", None)],
+        *[("baseline_kwargs", dict(n_units=value)) for value in (0, 2.5)],
+        *[("baseline_kwargs", value) for value in (dict(units=3), dict(ridge=1.0, memory=0.5))],
+        *[("advantage", value) for value in ("TD", "", None, True)],
+        ("stats_window_size", 0),
+        ("rollout_buffer_class", RolloutBuffer),
+    ],
+)
+def test_arguments_out_of_range_are_refused_with_name_and_value(argument: str, value: Any):
+    with pytest.raises(ValueError, match=rf"{argument} must be .*got {argument}=.*{re.escape(str(value))}"):
+        REINFORCE("MlpPolicy", ScriptedEnv([4]), **{argument: value})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e-3, "1", 1e39])
+def test_schedules_must_return_finite_values_of_at_least_0(value: Any):
+    check_scheduled("learning_rate", 0.0, 0.5)
+    with pytest.raises(ValueError, match=rf"learning_rate must .* its schedule returns {re.escape(str(value))} at .*=0.5"):
+        check_scheduled("learning_rate", value, 0.5)
+
+
+@pytest.mark.parametrize(("baseline", "kwargs"), [(None, dict(ridge=1.0)), ("linear", dict(n_units=5))])
+def test_baseline_kwargs_of_another_baseline_are_refused(baseline: Any, kwargs: dict[str, Any]):
+    with pytest.raises(ValueError, match=rf"baseline_kwargs must be .* got baseline_kwargs={re.escape(str(kwargs))}"):
+        REINFORCE("MlpPolicy", ScriptedEnv([4]), baseline=baseline, baseline_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("advantage", ["q", "advantage", "td"])
+def test_actor_critics_need_a_baseline(advantage: Any):
+    message = f"advantage must be 'monte_carlo' with baseline=None: .* got advantage='{advantage}'"
+    with pytest.raises(ValueError, match=message):
+        REINFORCE("MlpPolicy", ScriptedEnv([4]), baseline=None, advantage=advantage)
+
+
+def test_n_steps_and_n_episodes_exclude_each_other():
+    with pytest.raises(ValueError, match=r"Exactly one .* got n_steps=100, n_episodes=5"):
+        REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=100, n_episodes=5)
+    for kwargs, expected in (({}, (None, 5)), (dict(n_episodes=7), (None, 7)), (dict(n_steps=100), (100, None))):
+        model = REINFORCE("MlpPolicy", ScriptedEnv([4]), **kwargs)  # type: ignore[arg-type]
+        assert (model.n_steps, model.n_episodes) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_numbers_of_numpy_are_accepted(dtype: type):
+    kwargs: dict[str, Any] = dict(target_kl=dtype(0.01), cg_damping=dtype(0.1), ent_coef=dtype(0.1), cg_max_steps=np.int64(5))
+    kwargs |= dict(n_steps=np.int32(8), baseline_kwargs=dict(ridge=dtype(0.1), n_units=np.int64(1)))
+    assert REINFORCE("MlpPolicy", ScriptedEnv([4]), **kwargs).learn(1)._n_updates == 1
+
+
+@pytest.mark.parametrize("argument", ["gae_lambda", "vf_coef", "max_grad_norm", "use_rms_prop"])
+def test_arguments_of_a2c_without_a_meaning_are_type_errors(argument: str):
+    with pytest.raises(TypeError, match=argument):
+        REINFORCE("MlpPolicy", ScriptedEnv([4]), **{argument: 1.0})  # type: ignore[arg-type]
 
 
 def test_no_environment_is_refused_unless_the_model_is_set_up_later():
@@ -36,207 +104,160 @@ def test_no_environment_is_refused_unless_the_model_is_set_up_later():
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        *[("n_steps", value) for value in (0, -1, 2.5, "3", True)],
-        *[("n_episodes", value) for value in (0, -3, 1.5, True)],
-        *[("gamma", value) for value in (0.0, -0.1, 1.1, np.nan, None)],
-        *[("ent_coef", value) for value in (-0.1, np.nan, np.inf, None)],
-        *[("target_kl", value) for value in (0.0, -1.0, np.nan, np.inf, "lin_1e-2")],
-        *[("cg_max_steps", value) for value in (0, -1, 2.5, None, True)],
-        *[("cg_damping", value) for value in (0.0, -1.0, np.nan, np.inf, None)],
-        *[("learning_rate", value) for value in (-1e-3, np.nan, np.inf, "lin_5e-3")],
-        *[("max_episode_steps", value) for value in (0, 1.5)],
-        *[("baseline_memory", value) for value in (-0.1, 1.0, np.nan, None)],
-        *[("baseline", value) for value in ("cubic", "random", 3)],
-        *[("baseline_kwargs", dict(ridge=value)) for value in (-1.0, np.nan, np.inf, "1", None)],
-        *[("baseline_kwargs", dict(n_units=value)) for value in (0, -1, 2.5, None)],
-        *[("advantage", value) for value in ("TD", "gae", "", "monte carlo", None, 1, True)],
-        *[("baseline_kwargs", value) for value in (dict(units=3), dict(ridge=1.0, memory=0.5))],
-        ("stats_window_size", 0),
-        ("rollout_buffer_class", RolloutBuffer),
-    ],
+    "policy", [RecurrentActorCriticPolicy, ScriptedEnv, ActorCriticPolicy(VECTOR, CHOICE, lambda _: 1e-3)]
 )
-def test_arguments_out_of_range_are_refused_by_name_and_value(argument: str, value: Any):
-    kwargs = dict(n_episodes=None) | {argument: value}
-    with pytest.raises(ValueError, match=rf"{argument}.*{re.escape(str(value))}"):
-        REINFORCE("MlpPolicy", ScriptedEnv([4]), **kwargs)  # type: ignore[arg-type]
+def test_policies_must_be_classes_of_actor_critics_without_recurrent_states(policy: Any):
+    with pytest.raises(ValueError, match="subclass of SB3's ActorCriticPolicy that is not recurrent"):
+        REINFORCE(policy, ScriptedEnv([4]))
 
 
-@pytest.mark.parametrize("policy", ["MlpPolicy", ActorCriticPolicy])
-@pytest.mark.parametrize("advantage", ["monte_carlo", "q", "advantage", "td"])
-def test_without_a_baseline_there_is_no_critic_to_learn_from(policy: Any, advantage: Any):
-    """Which leaves the returns themselves."""
-    kwargs: dict[str, Any] = dict(n_steps=8, advantage=advantage)
-    if advantage == "monte_carlo":
-        assert REINFORCE(policy, ScriptedEnv([4]), baseline=None, **kwargs).learn(1)._n_updates == 1
-    else:
-        message = f"advantage must be 'monte_carlo' with baseline=None: .* got advantage='{advantage}'"
-        with pytest.raises(ValueError, match=message):
-            REINFORCE(policy, ScriptedEnv([4]), baseline=None, **kwargs)
-    assert REINFORCE(policy, ScriptedEnv([4]), baseline="linear", **kwargs).learn(1)._n_updates == 1
+# Spaces ----------------------------------------------------------------------------------------------------------------------
+
+NAN_BOUNDS = spaces.Box(-1, 1, (2,))
+NAN_BOUNDS.low[0] = np.nan
+MATRIX = spaces.MultiDiscrete([[2], [3]])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_numbers_of_numpy_are_arguments_as_well(dtype: type):
-    kwargs = dict(target_kl=dtype(0.01), cg_damping=dtype(0.1), cg_max_steps=np.int64(5), ent_coef=dtype(0.1))
-    model = REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8, **kwargs)
-    assert model.learn(1)._n_updates == 1
-
-
+@pytest.mark.filterwarnings("ignore:.*Getting the length of a multi-dimensional")
 @pytest.mark.parametrize(
-    ("baseline", "kwargs"),
+    ("kwargs", "message"),
     [
-        (None, dict(ridge=1.0)),
-        ("linear", dict(n_units=5)),
-        ("quadratic", dict(n_units=5)),
+        (dict(action=spaces.Tuple([CHOICE, CHOICE])), "supports the action spaces Box, Discrete, MultiDiscrete, MultiBinary"),
+        (dict(action=spaces.Text(3)), "supports the action spaces"),
+        (dict(action=spaces.MultiBinary((2, 3))), r"action space MultiBinary\(\(2, 3\)\) is not one-dimensional: wrap"),
+        (dict(action=MATRIX), r"(?s)action space MultiDiscrete.* is not one-dimensional: wrap"),
+        (dict(action=spaces.Discrete(3, start=1)), "action space .* does not start at 0: wrap"),
+        (dict(action=spaces.MultiDiscrete([2, 3], start=[0, 1])), "action space .* does not start at 0"),
+        (dict(action=NAN_BOUNDS), r"NaN bounds: low=\[nan"),
+        (
+            dict(action=CHOICE, use_sde=True),
+            r"use_sde=True \(gSDE\) needs continuous actions, but the environment has Discrete",
+        ),
+        (
+            dict(action=spaces.Box(0, np.inf, (2,)), use_sde=True, policy_kwargs=dict(squash_output=True)),
+            "squash_output=True needs finite action bounds, got low=",
+        ),
+        (dict(observation=MATRIX), r"(?s)observation space MultiDiscrete.* is not one-dimensional"),
+        (dict(observation=spaces.Discrete(3, start=1)), "observation space .* does not start at 0"),
+        (dict(observation=spaces.Box(-1, 1, ())), r"observation space .* has no dimension: make it Box\(low, high, \(1,\)\)"),
+        (dict(observation=spaces.Dict(a=VECTOR)), "You must use `MultiInputPolicy`"),
+        (dict(observation=spaces.Dict(a=VECTOR), policy="CnnPolicy"), "You must use `MultiInputPolicy`"),
+        (dict(observation=spaces.Dict(a=MATRIX), policy="MultiInputPolicy"), "observation space MultiDiscrete"),
+        (dict(policy="MultiInputPolicy"), "MultiInputPolicy needs a dictionary observation space, got Box"),
     ],
+    ids=lambda value: ", ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_baseline_kwargs_of_another_baseline_are_refused(baseline: Any, kwargs: dict[str, Any]):
-    with pytest.raises(ValueError, match=rf"baseline_kwargs must be .* got baseline_kwargs={re.escape(str(kwargs))}"):
-        REINFORCE("MlpPolicy", ScriptedEnv([4]), baseline=baseline, baseline_kwargs=kwargs)
+def test_unsupported_spaces_are_refused_with_a_remedy(kwargs: dict[str, Any], message: str):
+    def construct(policy: str = "MlpPolicy", observation: Any = VECTOR, action: Any = CHOICE, **kwargs: Any) -> None:
+        REINFORCE(policy, RandomEnv(observation, action, 7), **kwargs)
 
-
-@pytest.mark.parametrize(
-    ("baseline", "kwargs"),
-    [(None, {}), ("linear", dict(ridge=0)), ("random_features", dict(ridge=1e-2, n_units=np.int64(1)))],
-)
-def test_baseline_kwargs_in_range_are_accepted(baseline: Any, kwargs: dict[str, Any]):
-    model = REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8, baseline=baseline, baseline_kwargs=kwargs)
-    assert model.learn(1)._n_updates == 1
-
-
-def test_policies_of_others_take_a_ridge_and_no_units():
-    kwargs: dict[str, Any] = dict(n_steps=8, baseline="random_features")
-    model = REINFORCE(ActorCriticPolicy, ScriptedEnv([4]), baseline_kwargs=dict(ridge=0.5), **kwargs)
-    assert model.policy.value_net.ridge == 0.5
-    with pytest.raises(ValueError, match="baseline_kwargs must be without n_units with ActorCriticPolicy"):
-        REINFORCE(ActorCriticPolicy, ScriptedEnv([4]), baseline_kwargs=dict(n_units=5), **kwargs)
-
-
-def test_n_steps_and_n_episodes_exclude_each_other():
-    for n_steps in (100, 2000):
-        with pytest.raises(ValueError, match=f"Exactly one .* got n_steps={n_steps}, n_episodes=5"):
-            REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=n_steps, n_episodes=5)
-    assert REINFORCE("MlpPolicy", ScriptedEnv([4]), n_episodes=5).n_steps is None
-    assert REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=100).n_episodes is None
-
-
-@pytest.mark.parametrize("argument", ["gae_lambda", "vf_coef", "max_grad_norm", "rms_prop_eps", "use_rms_prop", "nonsense"])
-def test_arguments_without_a_meaning_here_are_type_errors(argument: str):
-    with pytest.raises(TypeError, match=argument):
-        REINFORCE("MlpPolicy", ScriptedEnv([4]), **{argument: 1.0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        construct(**kwargs)
 
 
 # Model files -----------------------------------------------------------------------------------------------------------------
 
 
-def saved(model: Any, path: Path, change: Callable[[dict], Any] | None = None) -> Path:
-    """Save a model, and change what its file says of it."""
-    model.save(path)
-    if change is not None:
-        with zipfile.ZipFile(path) as archive:
-            parts = {name: archive.read(name) for name in archive.namelist()}
-        data = json.loads(parts["data"])
-        change(data)
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, part in (parts | {"data": json.dumps(data).encode()}).items():
-                archive.writestr(name, part)
-    return path
-
-
 @pytest.fixture
-def model() -> REINFORCE:
-    return REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=8, policy_kwargs=dict(net_arch=[]))
+def path(tmp_path: Path) -> Path:
+    REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=16, seed=0, policy_kwargs=dict(net_arch=[4])).save(tmp_path / "model")
+    return tmp_path / "model.zip"
 
 
-def test_a_model_file_says_what_it_is(model: REINFORCE, tmp_path: Path):
-    path = saved(model, tmp_path / "model.zip")
+def rewrite(path: Path, changes: dict[str, bytes | None], **attributes: Any) -> None:
+    """Replace parts of a model file, or remove those that are None, and replace attributes."""
     with zipfile.ZipFile(path) as archive:
-        assert json.loads(archive.read("data"))["file_format"] == FILE_FORMAT
-    assert FILE_FORMAT.startswith("sb3_reinforce.REINFORCE ")
-    _, found = read_model_file(path, {})
-    assert (found["n_steps"], found["baseline"]) == (8, "random_features")
-    # A model that was loaded is saved as one, too
-    saved(REINFORCE.load(path), path)
-    assert read_model_file(path, {})[1]["file_format"] == FILE_FORMAT
+        parts: dict[str, Any] = {name: archive.read(name) for name in archive.namelist()}
+    parts["data"] = json.dumps(json.loads(parts["data"]) | attributes).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, part in (parts | changes).items():
+            if part is not None:
+                archive.writestr(name, part)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda data: data.update(file_format="sb3_reinforce.REINFORCE 0"),
-        lambda data: data.update(file_format="sb3_reinforce.REINFORCE 10"),
-        lambda data: data.update(file_format="sb3_contrib.TRPO 1"),
-        lambda data: data.pop("file_format"),
-    ],
-    ids=["older", "newer", "other", "none"],
-)
-def test_a_file_of_another_format_is_refused_with_both_formats(model: REINFORCE, change: Callable, tmp_path: Path):
-    path = saved(model, tmp_path / "model.zip", change)
-    message = r"model.zip holds a model of another algorithm, or of a version .* format is .*, not 'sb3_reinforce.REINFORCE "
-    with pytest.raises(ValueError, match=message):
-        REINFORCE.load(path)
+@pytest.mark.parametrize("kind", ["str_without_suffix", "str", "path", "bytes_io", "file"])
+def test_complete_files_are_read_from_any_place(path: Path, kind: str):
+    stream = io.BytesIO(path.read_bytes())
+    stream.seek(7)
+    with open(path, "rb") as file:
+        places: dict[str, Any] = dict(str=str(path), path=path, bytes_io=stream, file=file)
+        content, saved = read_model_file(places.get(kind, str(path.with_suffix(""))))
+        assert content.tell() == 0 and content.read() == path.read_bytes()
+        assert (saved["seed"], saved["n_steps"], saved["file_format"]) == (0, 16, FILE_FORMAT)
+        # Pickled attributes stay pickled, and streams stay open
+        assert set(saved["policy_class"]) >= {":type:", ":serialized:"} and not stream.closed and not file.closed
 
 
-def test_nothing_of_a_refused_file_is_unpickled(tmp_path: Path):
-    class Poison:
-        def __reduce__(self) -> Any:
-            return (exec, (f"open({str(tmp_path / 'executed')!r}, 'w').close()",))
-
-    def poison(data: dict) -> None:
-        pickled = base64.b64encode(pickle.dumps(Poison())).decode()
-        data["lr_schedule"] = {":type:": "<class 'function'>", ":serialized:": pickled}
-
-    path = saved(A2C("MlpPolicy", ScriptedEnv([4])), tmp_path / "other.zip", poison)
-    with pytest.raises(ValueError, match="another algorithm"):
-        REINFORCE.load(path)
-    assert not (tmp_path / "executed").exists()
+def test_fixed_arguments_must_equal_the_saved_ones(path: Path):
+    fixed = ("n_steps", "gamma")
+    for changes in (None, {}, dict(n_steps=16), dict(seed=1)):
+        read_model_file(path, changes, fixed)
+    expected = "gamma=0.5 cannot be given to a model that was saved with gamma=0.99, because its policy was fitted with that"
+    with pytest.raises(ValueError, match=expected):
+        read_model_file(path, dict(n_steps=16, gamma=0.5), fixed)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        *[dict(advantage=value) for value in ("q", "advantage", "td")],
-        dict(baseline="linear"),
-        dict(baseline=None),
-        dict(baseline_memory=0.5),
-        dict(baseline_kwargs=dict(n_units=5)),
-        dict(normalize_observations=False),
-    ],
-    ids=str,
-)
-def test_what_the_policy_was_fitted_with_cannot_be_changed_by_load(model: REINFORCE, kwargs: dict[str, Any], tmp_path: Path):
-    path = saved(model, tmp_path / "model.zip")
-    ((name, value),) = kwargs.items()
-    old = re.escape(repr(getattr(model, name)))
-    message = rf"{name}={re.escape(repr(value))} cannot be given to a model that was saved with {name}={old}"
-    with pytest.raises(ValueError, match=message):
-        REINFORCE.load(path, **kwargs)
-    # The same again is no change
-    assert getattr(REINFORCE.load(path, **{name: getattr(model, name)}), name) == getattr(model, name)
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x05\x06" + bytes(18)], ids=range(3))
+def test_files_that_are_no_archives_are_refused(path: Path, content: bytes):
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"model\.zip is not a complete model file: damaged, truncated, or of another kind \("
+    ):
+        read_model_file(path)
+    with pytest.raises(FileNotFoundError):
+        read_model_file(path.with_name("missing"))
 
 
-@pytest.mark.parametrize("old", ["q", "advantage", "td"])
-@pytest.mark.parametrize("new", ["monte_carlo", "q", "advantage", "td"])
-def test_an_actor_critic_cannot_be_changed_into_another_by_load(old: Any, new: Any, tmp_path: Path):
-    """Nor into REINFORCE, which has no use for its critic."""
-    kwargs: dict[str, Any] = dict(n_steps=8, policy_kwargs=dict(net_arch=[]))
-    path = saved(REINFORCE("MlpPolicy", ScriptedEnv([4]), advantage=old, **kwargs), tmp_path / "model.zip")
-    if new == old:
-        assert REINFORCE.load(path, advantage=new).advantage == new
+@pytest.mark.parametrize("part", ["data", "policy.pth", "policy.optimizer.pth"])
+def test_files_without_a_part_are_refused(path: Path, part: str):
+    rewrite(path, {part: None})
+    with pytest.raises(ValueError, match=r"model\.zip is not a complete model file"):
+        read_model_file(path)
+
+
+@functools.cache
+def trained_and_saved() -> tuple[REINFORCE, bytes]:
+    model, file = (
+        REINFORCE("MlpPolicy", ScriptedEnv([4]), policy_kwargs=dict(net_arch=[4]), target_kl=None).learn(9),
+        io.BytesIO(),
+    )
+    model.save(file)
+    return model, file.getvalue()
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_damaged_file_is_refused_or_loaded_without_a_difference(data: Any):
+    """Bytes are changed, removed or inserted anywhere, or in the directory of the archive at the end."""
+    model, content = trained_and_saved()
+    size = len(content)
+    start = data.draw(st.one_of(st.integers(0, size - 1), st.integers(size - 600, size - 1)))
+    n_lost = data.draw(st.one_of(st.integers(0, 50), st.just(size)))
+    damaged = content[:start] + data.draw(st.binary(max_size=50)) + content[start + n_lost :]
+    try:
+        loaded = REINFORCE.load(io.BytesIO(damaged))
+    except ValueError as error:
+        assert "is not a complete model file" in str(error)
     else:
-        message = f"advantage='{new}' cannot be given to a model that was saved with advantage='{old}'"
-        with pytest.raises(ValueError, match=message):
-            REINFORCE.load(path, advantage=new)
-    assert REINFORCE.load(path).advantage == old
+        assert_same_parameters(loaded, model)
 
 
-def test_a_stream_is_read_from_wherever_it_is_and_stays_open(model: REINFORCE):
-    """As in SB3, which rewinds it."""
+def test_files_of_other_kinds_are_refused(path: Path):
+    rewrite(path, {"data": b"[1, 2]"})
+    with pytest.raises(ValueError, match=r"is not a complete model file: .* data are no attributes"):
+        read_model_file(path)
     stream = io.BytesIO()
-    model.save(stream)
-    for position in (stream.tell(), 0, 5):
-        stream.seek(position)
-        assert REINFORCE.load(stream).n_steps == 8
+    A2C("MlpPolicy", ScriptedEnv([4])).save(stream)
+    expected = r"a model of another algorithm, .*: its format is None instead of '.* 3', its policy from stable_baselines3"
+    with pytest.raises(ValueError, match=expected):
+        read_model_file(stream)
     assert not stream.closed
+
+
+def test_files_of_earlier_formats_are_refused(path: Path):
+    rewrite(path, {}, file_format="sb3_reinforce.REINFORCE 2", policy_class=None)
+    expected = (
+        r"another version of REINFORCE: its format is 'sb3_reinforce.REINFORCE 2' instead of .*, its policy from unknown"
+    )
+    with pytest.raises(ValueError, match=expected):
+        read_model_file(path)

@@ -1,4 +1,4 @@
-"""The report: what it shows of a run, what it says is missing, and that its HTML is complete, harmless and repeatable."""
+"""HTML reports: content, missing and damaged parts, comparison of runs, and valid and harmless HTML."""
 
 import json
 import re
@@ -13,21 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch as th
 import yaml
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from torch.utils.tensorboard import SummaryWriter
 
-from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, report, zoo
-from sb3_reinforce.tools.report import drawing, estimates, groups
+from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
+from sb3_reinforce.tools import report, write_report, zoo
+from sb3_reinforce.tools.report import estimates
+from sb3_reinforce.tools.report.runs import read_run
 
 ENV = "CartPole-v1"
 VOID = ("meta", "link", "br", "img", "input", "hr", "source")
 
 
 class Page(HTMLParser):
-    """Checks a page while it reads it: tags match, headings are in order, ids are unique, and nothing is loaded or run."""
+    """Check that tags match, headings are in order, ids are unique, and that nothing is loaded or executed."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -83,7 +84,7 @@ class Page(HTMLParser):
 
 
 def train(folder: Path, seed: int, **kwargs: Any) -> REINFORCE:
-    """A small run with what SB3 writes about it, and a checkpoint."""
+    """Small run with the logs of SB3 and a checkpoint."""
     env = make_vec_env(ENV, 2, monitor_dir=str(folder))
     tensorboard = str(folder / "tensorboard")
     model = REINFORCE("MlpPolicy", env, n_steps=100, seed=seed, device="cpu", tensorboard_log=tensorboard, **kwargs)
@@ -95,7 +96,7 @@ def train(folder: Path, seed: int, **kwargs: Any) -> REINFORCE:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs: two of the same settings, and what the example writes beside the first."""
+    """Three runs, two of them with the same hyperparameters, and the files of the example in the first."""
     folder = tmp_path_factory.mktemp("runs")
     for number, (seed, gamma) in enumerate([(5, 0.99), (6, 0.99), (7, 0.9)], start=1):
         train(folder / f"{ENV}_{number}", seed, gamma=gamma)
@@ -104,20 +105,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (first / "result.json").write_text(json.dumps({**result, "lengths": [90, 110, 130]}))
     (first / "arguments.json").write_text(json.dumps(dict(seed=5, threshold=475.0, evaluation_episodes=3)))
     (first / "landing.mp4").write_bytes(b"no real video")
-    # Elsewhere than the models say
+    # Not where the models say
     return folder.rename(folder.with_name("moved"))
 
 
 @pytest.fixture
 def runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A copy of them, in the working folder of the test."""
+    """Copy of these runs in the working folder."""
     shutil.copytree(trained, tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     return sorted(Path("runs").iterdir())
 
 
-def test_the_page_of_a_run_shows_all_of_it(runs: list[Path]):
-    path = report.write_report(runs[:1])
+def test_a_page_contains_all_parts_of_a_run(runs: list[Path]):
+    path = write_report(runs[:1])
     assert path == runs[0] / "report.html"
     page = Page(path)
     model = REINFORCE.load(runs[0] / "model")
@@ -126,7 +127,7 @@ def test_the_page_of_a_run_shows_all_of_it(runs: list[Path]):
         f"{ENV}, seed 5",
         "steps 2,345",
         f"updates {model._n_updates}",
-        "mean return [95 % interval] 110 [",
+        "mean return [95% interval] 110 [",
         "worst and best 90, 130",
         "episodes with at least 475 0%",
         "mean length 110 steps",
@@ -142,7 +143,7 @@ def test_the_page_of_a_run_shows_all_of_it(runs: list[Path]):
     assert 'src="data:video/mp4;base64,bm8gcmVhbCB2aWRlbw=="' in page.html
     assert "Not in this report" not in page.text
     titles = [label.partition(":")[0] for label in page.labels]
-    # The policy of discrete actions has no standard deviation
+    # Discrete actions have no standard deviation
     assert titles == [
         "Return against steps",
         "Video without sound",
@@ -154,11 +155,6 @@ def test_the_page_of_a_run_shows_all_of_it(runs: list[Path]):
     ]
     returns = evaluations["results"].mean(axis=1)
     assert f"from {estimates.number(returns[0])} to {estimates.number(returns[-1])}, at best" in page.labels[0]
-
-
-def test_the_same_folder_gives_the_same_page(runs: list[Path]):
-    one, other = (report.write_report(runs, name).read_bytes() for name in ("one.html", "other.html"))
-    assert one == other
 
 
 PIECES: dict[str, tuple[str, str]] = {
@@ -180,85 +176,70 @@ def spoil(pattern: str, folder: Path, change: Callable[[Path], object]) -> None:
 
 
 @pytest.mark.parametrize("what", PIECES)
-def test_what_is_missing_is_left_out_and_named(runs: list[Path], what: str):
+def test_missing_parts_are_listed(runs: list[Path], what: str):
     pattern, why = PIECES[what]
     spoil(pattern, runs[0], Path.unlink)
-    assert f"{what}: {why}" in Page(report.write_report(runs[:1])).text
+    assert f"{what}: {why}" in Page(write_report(runs[:1])).text
 
 
-def test_runs_that_lack_something_are_compared_in_what_they_have(runs: list[Path]):
+def test_runs_with_different_missing_parts_are_compared(runs: list[Path]):
     for run, lacks in zip(runs, ("Hyperparameters", "Evaluations during training", "Diagnostics"), strict=True):
         spoil(PIECES[lacks][0], run, Path.unlink)
-    text = Page(report.write_report(runs, "page.html")).text
+    text = Page(write_report(runs, "page.html")).text
     for line in (f"A: {ENV}, policy_class=unknown", f"B: {ENV}, policy_class=MlpPolicy", f"{ENV}_2 B 6 1", "B 0 unknown"):
         assert line in text
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 neither", b"#{}\n", b"[1]", b'{"returns": ', b"\xff\xfe\x00"])
-def test_what_is_damaged_is_left_out_and_named(runs: list[Path], content: bytes):
-    """Of a TensorBoard log, what can be read is: nothing here."""
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 neither", b"[1]", b"\xff\xfe\x00"])
+def test_damaged_parts_are_listed(runs: list[Path], content: bytes):
     for pattern in ("*.monitor.csv", "evaluations.npz", "**/*.zip", "*.json", "**/events.*"):
         spoil(pattern, runs[0], lambda path: path.write_bytes(content))
-    with pytest.raises(ValueError, match="is no run"):
-        report.read_run(runs[0])
+    with pytest.raises(ValueError, match="is not a run"):
+        read_run(runs[0])
     shutil.copy(runs[1] / "evaluations.npz", runs[0])
-    page = Page(report.write_report(runs[:1]))
+    page = Page(write_report(runs[:1]))
     for what in PIECES.keys() - {"Evaluations during training", "Video", "Diagnostics"}:
         assert f"{what}: " in page.text
 
 
-def test_a_log_that_was_cut_short_is_read_as_far_as_it_goes(runs: list[Path]):
-    whole = report.read_run(runs[0]).scalars["train/grad_norm"][0]
+def test_an_incomplete_tensorboard_log_is_read_up_to_its_end(runs: list[Path]):
+    whole = read_run(runs[0]).scalars["train/grad_norm"][0]
     spoil("**/events.*", runs[0], lambda path: path.write_bytes(path.read_bytes()[:-2000]))
-    part = report.read_run(runs[0]).scalars["train/grad_norm"][0]
+    part = read_run(runs[0]).scalars["train/grad_norm"][0]
     assert 0 < len(part) < len(whole)
     np.testing.assert_array_equal(part, whole[: len(part)])
 
 
-def test_a_run_that_was_killed_has_the_hyperparameters_of_its_newest_checkpoint(runs: list[Path]):
+def test_a_killed_run_has_the_hyperparameters_of_its_newest_checkpoint(runs: list[Path]):
     for name in ("model.zip", "result.json", "arguments.json"):
         (runs[0] / name).unlink()
-    page = Page(report.write_report(runs[:1]))
+    page = Page(write_report(runs[:1]))
     steps = REINFORCE.load(next(runs[0].glob("checkpoints/*.zip"))).num_timesteps
     assert f"steps {steps:,}" in page.text and "gamma 0.99" in page.text and "PyTorch" in page.text
     assert "in the last evaluation during training" in page.text
 
 
-def test_values_that_are_no_numbers_are_not_drawn(runs: list[Path]):
-    run = report.read_run(runs[0])
-    assert run.evaluations is not None
-    run.evaluations["mean"][0] = np.nan
-    assert drawing.draw_run(run)[0]
-    # The explained variance is not defined while all returns are the same
-    assert all(np.isfinite(values).all() for _, values in run.scalars.values())
-
-
-def test_one_evaluation_of_one_episode_has_no_interval(runs: list[Path]):
-    np.savez(runs[1] / "evaluations.npz", timesteps=[100], results=[[12.0]], ep_lengths=[[12]])
-    page = Page(report.write_report(runs[1:2]))
-    assert "mean return [95 % interval] 12 steps" in page.text and "1 evaluation during training" in page.text
-
-
 @pytest.mark.parametrize("name", ["nowhere", "empty", "runs", "models"])
-def test_a_folder_that_is_no_run_is_refused_in_words(runs: list[Path], name: str, capsys: pytest.CaptureFixture):
+def test_a_folder_without_a_run_is_an_error(runs: list[Path], name: str, capsys: pytest.CaptureFixture):
     for folder in ("empty", "models"):
         Path(folder).mkdir()
     Path("models", "notes.zip").write_bytes(b"no model")
-    with pytest.raises(SystemExit, match=f"^{name} is no run: ") as error:
+    with pytest.raises(SystemExit, match=f"^{name} is not a run: ") as error:
         report.main([str(runs[0]), name])
     assert (str(runs[0]) in str(error.value)) == (name == "runs")
     assert not Path("report.html").exists()
 
 
 def test_several_runs_are_compared(runs: list[Path], capsys: pytest.CaptureFixture):
-    # Once each, however they are named
+    # Without duplicates
     report.main([*map(str, runs), str(runs[0].resolve())])
     assert capsys.readouterr().out == "The report is report.html\n"
     page = Page(Path("report.html"))
+    assert write_report([*runs, runs[0].resolve()], "again.html").read_bytes() == Path("report.html").read_bytes()
     means = [110.0] + [np.load(run / "evaluations.npz")["results"][-1].mean() for run in runs[1:]]
     low, high = sorted(map(estimates.number, means[:2]), key=float)
     assert f"A: {ENV}, gamma=0.99 B: {ENV}, gamma=0.9 " in page.text
-    # The bootstrap of two runs reaches from one to the other
+    # The bootstrap interval of two runs contains both
     assert (
         f"A 2 {estimates.number(np.mean(means[:2]))} [{low}, {high}] {low}, {high} B 1 {estimates.number(means[2])}"
         in page.text
@@ -268,21 +249,7 @@ def test_several_runs_are_compared(runs: list[Path], capsys: pytest.CaptureFixtu
         assert re.search(rf"{run.name} {group} {seed} [\d,]+ [\d.]+ \[", page.text)
 
 
-def test_runs_of_different_environments_are_not_pooled(runs: list[Path]):
-    for path in runs[1].glob("*.monitor.csv"):
-        path.write_text(path.read_text().replace(ENV, "Acrobot-v1"))
-    found = groups.group_runs([report.read_run(run) for run in runs[:2]])
-    assert [(group.env_id, len(group.runs)) for group in found] == [(ENV, 1), ("Acrobot-v1", 1)]
-    assert [picture["title"] for picture in drawing.draw_comparison(found)] == [ENV, "Acrobot-v1"]
-
-
-def test_runs_of_the_same_name_are_told_apart(runs: list[Path]):
-    shutil.copytree(runs[0], Path("others", runs[0].name))
-    text = Page(report.write_report([runs[0], Path("others", runs[0].name)], "page.html")).text
-    assert f"runs/{ENV}_1" in text and f"others/{ENV}_1" in text
-
-
-def test_markup_in_names_is_text(runs: list[Path]):
+def test_names_are_escaped(runs: list[Path]):
     evil = "<script>alert(1)</script> $x_{$ \"'&"
     folder = runs[0].rename(Path("runs", "<img src=x onerror=alert(2)> [a] *"))
     for path in folder.glob("*.monitor.csv"):
@@ -292,8 +259,8 @@ def test_markup_in_names_is_text(runs: list[Path]):
     (folder / "arguments.json").unlink()
     (folder / "result.json").write_text(json.dumps({**saved, "command": evil, "versions": {evil: evil}}))
     for folders in ([folder], [folder, runs[1]]):
-        # Page refuses scripts, handlers and addresses
-        page = Page(report.write_report(folders, "page.html"))
+        # Page checks for scripts, handlers and addresses
+        page = Page(write_report(folders, "page.html"))
         assert page.text.count(evil) >= 4 and folder.name in page.text and "<b>.mp4" in page.text
 
 
@@ -309,25 +276,9 @@ def test_the_interquartile_mean_and_its_interval():
     assert np.isnan(estimates.interval(np.ones((4, 1)), np.mean)).all()
 
 
-def test_interval_covers_the_true_value_as_often_as_it_says():
-    """200 experiments of 12 runs from a normal distribution, whose interquartile mean is its mean; fixed seed."""
-    rng = np.random.default_rng(0)
-    bounds = [estimates.interval(rng.normal(3, 2, size=12), estimates.iqm) for _ in range(200)]
-    covered = sum(low <= 3 <= high for low, high in bounds)
-    # The percentile bootstrap of a dozen runs is known to cover a little less than it says
-    assert 0.85 <= covered / 200 <= 0.98
-
-
-def test_numbers():
-    texts = [estimates.number(value) for value in (0, 0.012345, -3.25, 999.9, 1234.5, 1e6)]
-    assert texts == ["0", "0.01235", "-3.25", "999.9", "1,234", "1,000,000"]
-    assert estimates.estimate(1.5, (np.nan, np.nan)) == "1.5"
-    assert estimates.estimate(1.5, (1, 2)) == "1.5 [1, 2]"
-
-
 @pytest.fixture
 def zoo_run(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What RL Zoo writes: a model named after the environment, its settings in files, and one place for all logs."""
+    """A run as RL Zoo writes it: the model is named after the environment, and all TensorBoard logs are in one folder."""
     Path("logs").mkdir()
     folder = runs[1].rename(Path("logs", f"{ENV}_1"))
     model = REINFORCE.load(folder / "model")
@@ -349,11 +300,11 @@ def write_zoo_files(folder: Path, command: str, trained_agent: str = "", **confi
     (folder / ENV / "config.yml").write_text(yaml.dump(OrderedDict(n_timesteps=1e6, policy="MlpPolicy", **config)))
 
 
-def test_a_run_of_the_zoo(zoo_run: Path):
+def test_a_run_of_rl_zoo(zoo_run: Path):
     write_zoo_files(zoo_run, "python -m sb3_reinforce train --env CartPole-v1", env_kwargs=dict(max_episode_steps=60))
-    # Another run's log, begun later
+    # Log of a later run
     later = Path("tb", ENV, "REINFORCE_2")
-    page = Page(report.write_report([zoo_run]))
+    page = Page(write_report([zoo_run]))
     assert "sb3-reinforce train --env CartPole-v1 --seed 77" in page.text
     assert "env_kwargs {'max_episode_steps': 60}" in page.text and "n_timesteps" not in page.text
     assert "Gradient norm" in page.text and "PyTorch" in page.text
@@ -363,10 +314,10 @@ def test_a_run_of_the_zoo(zoo_run: Path):
     writer = SummaryWriter(str(later))
     writer.add_scalar("train/grad_norm", 1.0, walltime=time.time() + 3600)
     writer.close()
-    assert report.read_run(zoo_run).scalars
-    # Not to be told apart: two logs that began during the run
+    assert read_run(zoo_run).scalars
+    # Two logs that start during the run
     shutil.copytree(f"tb/{ENV}/REINFORCE_1", f"tb/{ENV}/REINFORCE_3")
-    assert report.read_run(zoo_run).missing["Diagnostics"] == f"2 logs in tb/{ENV} may be those of this run"
+    assert read_run(zoo_run).missing["Diagnostics"] == f"2 logs in tb/{ENV} may belong to this run"
 
 
 @pytest.mark.parametrize(
@@ -379,37 +330,22 @@ def test_a_run_of_the_zoo(zoo_run: Path):
             "python -m sb3_reinforce train -params policy:dict(net_arch=[16, 16], a=1) baseline:'linear' n:5",
             "sb3-reinforce train -params 'policy:dict(net_arch=[16, 16], a=1)' 'baseline:'\"'\"'linear'\"'\"'' n:5 --seed 77",
         ),
-        # Resumed from its own folder, and from a model of another
+        # Resumed in its folder, and trained from another model
         ("x sb3-reinforce train -i logs/CartPole-v1_1 --env E", "sb3-reinforce train --env E --seed 77"),
         ("x sb3-reinforce train -i other/model.zip --env E", "sb3-reinforce train -i other/model.zip --env E --seed 77"),
     ],
 )
-def test_the_command_of_the_zoo_can_be_repeated(zoo_run: Path, written: str, expected: str):
+def test_the_command_of_rl_zoo_is_completed(zoo_run: Path, written: str, expected: str):
     trained_agent = "other/model.zip" if "other" in written else f"logs/{ENV}_1/checkpoint_2000_steps.zip"
     write_zoo_files(zoo_run, written, trained_agent if " -i " in written else "")
-    assert report.read_run(zoo_run).command == expected
+    assert read_run(zoo_run).command == expected
 
 
-def test_reading_a_run_runs_no_code(zoo_run: Path):
+def test_reading_a_run_does_not_execute_code(zoo_run: Path):
     (zoo_run / ENV / "config.yml").write_text('a: !!python/object/apply:os.mkdir ["made"]\nb: !!python/name:os.mkdir\nc: 1\n')
-    settings = report.read_run(zoo_run).settings
+    settings = read_run(zoo_run).settings
     assert not Path("made").exists()
     assert settings["a"] == "'object/apply:os.mkdir'" and settings["c"] == "1"
-
-
-def test_the_text_of_settings(tmp_path: Path):
-    def schedule(progress: float) -> float:
-        return 0.1 * progress
-
-    policy_kwargs = dict(net_arch=[8], activation_fn=th.nn.Tanh)
-    model = REINFORCE("MlpPolicy", ENV, learning_rate=schedule, policy_kwargs=policy_kwargs, device="cpu")
-    model.save(tmp_path / "model")
-    run = report.read_run(tmp_path)
-    assert run.settings["learning_rate"] == "function()"
-    assert run.settings["policy_kwargs"].startswith("{'net_arch': [8], 'activation_fn': ")
-    assert run.settings["rollout_buffer_class"] == "EpisodeRolloutBuffer"
-    assert run.settings["baseline"] == "'random_features'"
-    assert run.seed == f"{model.run_seed} (drawn)"
 
 
 def test_the_command_line(runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -135,7 +135,7 @@ class Actor:
                     return policy(obs_tensor)[0].cpu().numpy()
             distribution, vf_features = policy.evaluate_observations(obs_tensor)
             if self._predicts_values:
-                features = policy.baseline_features(obs_tensor, vf_features)
+                features = policy.baseline_features(vf_features)
                 self.values = policy.value_net.predict(features).cpu().numpy().flatten()
             if type(distribution) is distributions.StateDependentNoiseDistribution:
                 matrices = th.as_tensor(self._draw_matrices(distribution), device=policy.device)

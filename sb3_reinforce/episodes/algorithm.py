@@ -224,8 +224,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfEpisodicAlgorithm:
         """Return a trained model, see SB3. ``tb_log_name`` is the name of the class by default."""
-        names: Any = (tb_log_name or type(self).__name__, progress_bar)
-        total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, *names)
+        tb_log_name, reset = tb_log_name or type(self).__name__, reset_num_timesteps
+        total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset, tb_log_name, progress_bar)
         iteration = self._n_iterations
         try:
             callback.on_training_start(locals(), globals())

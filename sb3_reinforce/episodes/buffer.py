@@ -78,6 +78,9 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         self.full, self.buffer_size = True, len(self.rewards)
         return find_not_finite({**rows, "action": actions, "reward": rewards}, episode_starts & active, active)
 
+    def size(self) -> int:
+        return len(self.rewards) if self.full else self.pos
+
     def get(self, batch_size: int | None = None) -> Generator[RolloutBufferSamples, None, None]:
         """Iterate over all transitions once, in order, ``batch_size`` (None: all) at a time."""
         assert self.full, "The rollout is not finished"

@@ -28,7 +28,7 @@ def collect_episodes(
     model.policy.set_training_mode(False)
     rollout_buffer.reset()
     callback.on_rollout_start()
-    # The callback may have set another environment
+    # The callback may have set another one
     env = model.env
     source = EpisodeSource(env, schedule, model)
     obs = model._last_obs = source.begin(model._last_obs, np.asarray(model._last_episode_starts, dtype=bool))

@@ -23,7 +23,6 @@ from sb3_reinforce.episodes.schedule import EpisodeSchedule
 
 #: What an environment can be made of
 EnvSource = GymEnv | str | EnvSpec | Callable[[], GymEnv]
-#: Types that need no deep copy
 _ATOMIC = frozenset({bool, int, float, str, type(None), np.bool_, np.float32, np.float64, np.int32, np.int64})
 
 

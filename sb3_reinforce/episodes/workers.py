@@ -135,6 +135,7 @@ def collect_from_workers(
     model.policy.set_training_mode(False)
     rollout_buffer.reset()
     callback.on_rollout_start()
+    attach_workers(model.workers, model.env)
     active, n_steps = np.ones(1, dtype=bool), 0
     known: dict[str, Any] = dict(model=model, env=model.env, callback=callback, rollout_buffer=rollout_buffer)
     known |= dict(schedule=schedule, active=active, n_rollout_steps=n_rollout_steps)

@@ -247,7 +247,7 @@ def restore_evaluations(callback: EvalCallback, path: str | Path, last_step: int
     :return: step of the latest evaluation, 0 if there is none
     """
     try:
-        with np.load(path) as saved:
+        with open(path, "rb") as file, np.load(file) as saved:
             n = int(np.sum(saved["timesteps"] <= last_step))
             callback.evaluations_timesteps = saved["timesteps"][:n].tolist()
             callback.evaluations_results = saved["results"][:n].tolist()

@@ -1,8 +1,10 @@
 """What the tests of whole runs share."""
 
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +15,10 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from sb3_reinforce import REINFORCE, InverseTimeDecay
 from tests.envs import RandomEnv
@@ -58,6 +63,11 @@ def assert_same_parameters(model: BaseAlgorithm, other: BaseAlgorithm) -> None:
     assert_same(dict(model.get_parameters()), dict(other.get_parameters()))
 
 
+def state(model: REINFORCE) -> Any:
+    """Copy everything that an update changes."""
+    return deepcopy((dict(model.get_parameters()), model._n_updates, model._next_episode))
+
+
 def logged(model: BaseAlgorithm, name: str) -> float:
     """What was logged last under a name."""
     return float(model.logger.name_to_value[name])
@@ -84,6 +94,63 @@ def start_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     process = context.Process(target=function, args=args, kwargs=kwargs)
     process.start()
     return process
+
+
+def check_learns_and_predicts(model: REINFORCE) -> None:
+    """Check two updates: length of the steps, finite results, a changed actor and valid actions."""
+    n_updates = model._n_updates
+    before = {name: value.clone() for name, value in model.policy.named_parameters()}
+    for _ in range(2):
+        model.learn(1, reset_num_timesteps=False)
+        if model.target_kl is not None:
+            assert_stepped_as_asked(model)
+    assert model._n_updates == n_updates + 2
+    for name, value in model.policy.state_dict().items():
+        # Bounds of actions may be infinite
+        assert th.isfinite(value).all() or name.endswith((".low", ".high")), name
+        if name.startswith(("action_net", "mlp_extractor.policy_net", "log_std")):
+            assert not th.equal(value, before[name]), name
+    env = model.get_env()
+    assert env is not None
+    for deterministic in (True, False):
+        several: Any = env.reset()
+        chosen, _ = model.predict(several, deterministic=deterministic)
+        assert len(chosen) == env.num_envs
+        assert all(model.action_space.contains(np.asarray(action)) for action in chosen)
+        single = {key: obs[0] for key, obs in several.items()} if isinstance(several, dict) else several[0]
+        action, _ = model.predict(single, deterministic=deterministic)
+        assert model.action_space.contains(action[()])
+        if deterministic:
+            np.testing.assert_allclose(action, chosen[0], rtol=1e-4, atol=1e-5)
+
+
+class CustomNetwork(nn.Module):
+    """From SB3's documentation, "Custom Policy Network", with small layers."""
+
+    def __init__(self, feature_dim: int):
+        super().__init__()
+        self.latent_dim_pi, self.latent_dim_vf = 16, 12
+        self.policy_net = nn.Sequential(nn.Linear(feature_dim, 16), nn.ReLU())
+        self.value_net = nn.Sequential(nn.Linear(feature_dim, 12), nn.ReLU())
+
+    def forward(self, features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return self.forward_actor(features), self.forward_critic(features)
+
+    def forward_actor(self, features: th.Tensor) -> th.Tensor:
+        return self.policy_net(features)
+
+    def forward_critic(self, features: th.Tensor) -> th.Tensor:
+        return self.value_net(features)
+
+
+class CustomActorCriticPolicy(ActorCriticPolicy):
+    """From SB3's documentation, "Custom Policy Network"."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs | dict(ortho_init=False))
+
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = CustomNetwork(self.features_dim)  # type: ignore[assignment]
 
 
 class Batches(BaseCallback):
@@ -177,3 +244,27 @@ def assert_whole(episodes: list[np.ndarray]) -> None:
         expected = [[index, number, step, length] for step in range(int(length))]
         np.testing.assert_array_equal(episode, expected)
     assert len({tuple(episode[0, :2]) for episode in episodes}) == len(episodes)
+
+
+def monitor_rows(folder: Path) -> dict[str, list[str]]:
+    """Return and length of each episode in each ``Monitor`` file, whose times increase."""
+    found = {}
+    for path in sorted(folder.glob("*.monitor.csv")):
+        header, names, *lines = path.read_text().splitlines()
+        assert header.startswith("#{") and names == "r,l,t"
+        found[path.name], times = [line.rsplit(",", 1)[0] for line in lines], [float(line.split(",")[2]) for line in lines]
+        assert times == sorted(times)
+    return found
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of a TensorBoard log as TensorBoard shows them, without times."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if not name.startswith("time/")]
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+
+
+def wait_for_the_next_second() -> None:
+    """TensorBoard sorts event files by name, which contains the second, and then a counter as text."""
+    time.sleep(1.01 - time.time() % 1)

@@ -1,0 +1,292 @@
+"""Models, policies and parameters that are saved and loaded act and learn as before."""
+
+import base64
+import io
+import json
+import pickle
+import zipfile
+from copy import deepcopy
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.save_util import load_from_pkl, save_to_pkl
+
+from sb3_reinforce import REINFORCE, EpisodeRolloutBuffer, MlpPolicy, newest_checkpoint
+from tests.envs import RandomEnv
+from tests.runs.common import (
+    CHOICE,
+    GRAY_IMAGE,
+    OBSERVATIONS,
+    PAIR,
+    VECTOR,
+    assert_same,
+    assert_same_parameters,
+    assert_stepped_as_asked,
+    random_env,
+)
+
+MIXED = spaces.Dict(vec=VECTOR, choice=CHOICE)
+
+
+class OwnBuffer(EpisodeRolloutBuffer):
+    """A rollout buffer of the user."""
+
+
+class OwnPolicy(MlpPolicy):
+    """A policy of the user."""
+
+
+class OwnSB3Policy(ActorCriticPolicy):
+    """A policy of the user that knows nothing of this package."""
+
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no_baseline": dict(baseline=None, bootstrap_timeouts=False),
+    "gsde_and_action_values": dict(advantage="q", use_sde=True, policy_kwargs=dict(full_std=False, squash_output=True)),
+    "separate_features": dict(policy_kwargs=dict(share_features_extractor=False), baseline="linear", baseline_memory=0.0),
+    "own_policy_and_buffer": dict(policy=OwnPolicy, rollout_buffer_class=OwnBuffer),
+    "policy_of_sb3": dict(policy=OwnSB3Policy, advantage="td"),
+    "discrete": dict(action_space=CHOICE, advantage="advantage", baseline_kwargs=dict(n_units=8, ridge=0.1)),
+    "rmsprop": dict(target_kl=None, policy_kwargs=dict(optimizer_class=th.optim.RMSprop, optimizer_kwargs=dict(alpha=0.9))),
+    "image": dict(policy="CnnPolicy", observation_space=GRAY_IMAGE, action_space=spaces.MultiDiscrete([2, 3]), advantage="q"),
+    "dictionary": dict(policy="MultiInputPolicy", observation_space=MIXED),
+}
+every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
+
+
+def make_env(n_envs: int = 1, observation_space: Any = VECTOR, action_space: Any = PAIR, **kwargs: Any) -> Any:
+    return random_env(n_envs, observation_space, action_space)
+
+
+def make_model(n_envs: int = 1, policy: Any = "MlpPolicy", **kwargs: Any) -> REINFORCE:
+    env = make_env(n_envs, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if not key.endswith("_space")}
+    return REINFORCE(policy, env, **(dict(n_steps=16, seed=3) | kwargs))
+
+
+#: Much state: observation statistics, memory of the baseline, optimizer
+MUCH: dict[str, Any] = dict(normalize_observations=True, baseline_memory=0.5, target_kl=None, learning_rate=1e-2)
+
+
+@pytest.fixture
+def trained() -> REINFORCE:
+    return make_model(**MUCH).learn(50)
+
+
+@pytest.fixture
+def path(trained: REINFORCE, tmp_path: Path) -> Path:
+    trained.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_same_predictions(model: Any, other: Any, observations: Any) -> None:
+    """Two models, or policies, choose the same actions and predict the same values."""
+    for deterministic in (True, False):
+        chosen = []
+        for one in (model, other):
+            th.manual_seed(0)
+            if getattr(one, "use_sde", False):
+                getattr(one, "policy", one).reset_noise()
+            chosen.append(one.predict(observations, deterministic=deterministic)[0])
+        np.testing.assert_array_equal(*chosen)
+    policies = [getattr(one, "policy", one) for one in (model, other)]
+    with th.no_grad():
+        assert th.equal(*(policy.predict_values(policy.obs_to_tensor(observations)[0]) for policy in policies))
+
+
+# Models
+
+
+@every_configuration
+def test_a_loaded_model_acts_and_learns_like_the_saved_one(name: str, tmp_path: Path):
+    kwargs = CONFIGURATIONS[name]
+    model = make_model(**kwargs).learn(50)
+    assert model._n_updates >= 2
+    assert bool(model.policy.optimizer.state_dict()["state"]) == (model.target_kl is None)
+    model.save(tmp_path / "model")
+    loaded = REINFORCE.load(tmp_path / "model", env=make_env(**kwargs))
+    assert_same_parameters(model, loaded)
+    assert_same_predictions(model, loaded, make_env(**kwargs).reset())
+    model.policy.save(tmp_path / "policy.pth")
+    policy = type(model.policy).load(tmp_path / "policy.pth")
+    assert_same(dict(policy.state_dict()), dict(model.policy.state_dict()))
+    assert_same_predictions(policy, model.policy, make_env(**kwargs).reset())
+    for one in (model, loaded):
+        one.learn(30, reset_num_timesteps=False)
+    assert_same_parameters(model, loaded)
+
+
+@pytest.mark.parametrize("policy, expected", [("MlpPolicy", True), (OwnPolicy, True), (ActorCriticPolicy, False)])
+def test_a_model_file_says_whether_observations_are_normalized(tmp_path: Path, policy: Any, expected: bool):
+    """The default None becomes True or False in the constructor."""
+    model = make_model(policy=policy)
+    model.save(tmp_path / "model")
+    loaded = REINFORCE.load(tmp_path / "model", env=random_env())
+    for one in (model, loaded, loaded.learn(30)):
+        assert one.normalize_observations is expected
+        assert (one.policy.observation_normalizer is not None) == expected
+
+
+def test_a_model_file_has_all_arguments_and_counters(tmp_path: Path):
+    given: dict[str, Any] = dict(
+        n_steps=None,
+        n_episodes=4,
+        gamma=0.9,
+        learning_rate=0.005,
+        ent_coef=0.01,
+        target_kl=0.02,
+        cg_max_steps=3,
+        cg_damping=0.7,
+        use_sde=True,
+        sde_sample_freq=3,
+        rollout_buffer_class=OwnBuffer,
+        normalize_advantage=False,
+        max_episode_steps=100,
+        advantage="advantage",
+        baseline="linear",
+        baseline_memory=0.25,
+        baseline_kwargs=dict(ridge=0.5),
+        bootstrap_timeouts=False,
+        normalize_observations=False,
+        tensorboard_log=str(tmp_path / "tensorboard"),
+        policy_kwargs=dict(net_arch=[5]),
+        verbose=1,
+        seed=11,
+    )
+    parameters = signature(REINFORCE).parameters
+    # Another machine may have other workers
+    others = {"policy", "env", "workers", "rollout_buffer_kwargs", "stats_window_size", "device", "_init_setup_model"}
+    assert given.keys() == parameters.keys() - others
+    assert [name for name, value in given.items() if value == parameters[name].default] == ["n_steps"]
+    model = REINFORCE("MlpPolicy", RandomEnv(VECTOR, PAIR, 7), stats_window_size=7, **given).learn(50)
+    model.save(tmp_path / "model")
+    loaded = REINFORCE.load(tmp_path / "model")
+    for name, value in given.items():
+        assert getattr(loaded, name) == getattr(model, name) == value, name
+    for name in ("num_timesteps", "_n_updates", "_next_episode", "_n_iterations", "run_seed"):
+        assert getattr(loaded, name) == getattr(model, name) > 0, name
+    assert loaded._stats_window_size == 7
+    assert loaded.rollout_buffer.gamma == 0.9
+    assert loaded.lr_schedule(0.5) == 5e-3
+
+
+def test_a_loaded_model_can_switch_between_the_two_kinds_of_steps(tmp_path: Path):
+    make_model().learn(50).save(tmp_path / "model")
+    model = REINFORCE.load(tmp_path / "model", env=random_env(), target_kl=None, learning_rate=1e-2)
+    model.learn(50, reset_num_timesteps=False)
+    assert model.policy.optimizer.state_dict()["state"]
+    model.save(tmp_path / "model")
+    model = REINFORCE.load(tmp_path / "model", env=random_env(), target_kl=0.02)
+    before = deepcopy(model.policy.optimizer.state_dict())
+    model.learn(50, reset_num_timesteps=False)
+    assert_stepped_as_asked(model)
+    # The state of the optimizer is kept
+    assert_same(before, model.policy.optimizer.state_dict())
+
+
+# Files
+
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "model_format_3.zip"
+#: Expected contents of the fixture
+FIXTURE_COUNTERS = (562, 8, 17)
+PROBABILITIES = [0.6459, 0.6557, 0.7848, 0.6509]
+VALUES = [33.5477, 6.9591, -7.0489, -7.4239]
+
+
+def test_a_file_of_format_3_is_loaded_and_learns():
+    """
+    The file is written only when the format changes::
+
+        kwargs = dict(n_steps=50, stats_window_size=5, policy_kwargs=dict(net_arch=[8]), baseline_kwargs=dict(n_units=8))
+        model = REINFORCE("MlpPolicy", "CartPole-v1", seed=0, **kwargs).learn(500)
+        model.save("tests/fixtures/model_format_3.zip")
+    """
+    model = REINFORCE.load(FIXTURE, env="CartPole-v1")
+    assert (model.seed, model.n_steps, model.gamma, model.baseline) == (0, 50, 0.99, "random_features")
+    assert (model.num_timesteps, model._n_updates, model._next_episode) == FIXTURE_COUNTERS
+    observations = (np.random.default_rng(0).normal(size=(4, 4)) * [1, 1, 0.1, 1]).astype(np.float32)
+    with th.no_grad():
+        tensor = model.policy.obs_to_tensor(observations)[0]
+        probabilities = model.policy.get_distribution(tensor).distribution.probs[:, 1]  # type: ignore[union-attr]
+        values = model.policy.predict_values(tensor).flatten()
+    np.testing.assert_allclose(probabilities, PROBABILITIES, atol=1e-4)
+    np.testing.assert_allclose(values, VALUES, atol=1e-3)
+    assert model.learn(300, reset_num_timesteps=False)._n_updates > FIXTURE_COUNTERS[1]
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.path, "executed")
+
+
+def rewrite(path: Path, changes: dict[str, bytes]) -> None:
+    """Replace parts of a model file."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()} | changes
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+
+
+@pytest.mark.parametrize("name", ["seed", "policy_class", "something_new"])
+def test_attributes_are_not_unpickled_to_read_parameters(trained: REINFORCE, tmp_path: Path, name: str):
+    path, payload = tmp_path / "checkpoint_50_steps.zip", Payload(tmp_path / "executed")
+    trained.save(path)
+    with zipfile.ZipFile(path) as archive:
+        data = json.loads(archive.read("data"))
+    data[name] = {":type:": "<class 'int'>", ":serialized:": base64.b64encode(pickle.dumps(payload)).decode()}
+    rewrite(path, {"data": json.dumps(data).encode()})
+    model = make_model(**MUCH, seed=8)
+    model.set_parameters(path)
+    assert_same_parameters(model, trained)
+    assert newest_checkpoint(tmp_path) == path
+    rewrite(path, {"data": json.dumps(data | dict(file_format="other")).encode()})
+    with pytest.raises(ValueError, match="another algorithm"):
+        REINFORCE.load(path)
+    assert not payload.path.exists()
+
+
+@pytest.mark.parametrize("part", ["policy.pth", "policy.optimizer.pth", "pytorch_variables.pth"])
+def test_parameters_with_a_payload_are_refused(trained: REINFORCE, tmp_path: Path, part: str):
+    path, payload, file = tmp_path / "model.zip", Payload(tmp_path / "executed"), io.BytesIO()
+    trained.save(path)
+    th.save({"weight": payload}, file)
+    rewrite(path, {part: file.getvalue()})
+    before = deepcopy(dict(trained.get_parameters()))
+    with pytest.raises(pickle.UnpicklingError):
+        trained.set_parameters(path)
+    assert_same(before, dict(trained.get_parameters()))
+    assert not payload.path.exists()
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("source", ["model", "text", "path"])
+def test_parameters_are_set_from_a_model_or_a_file(trained: REINFORCE, path: Path, source: str):
+    other = make_model(**MUCH, seed=8)
+    sources: dict[str, Any] = dict(model=trained.get_parameters(), text=str(path), path=path.with_suffix(".zip"))
+    other.set_parameters(sources[source])
+    assert_same_parameters(trained, other)
+    assert_same_predictions(trained, other, OBSERVATIONS)
+
+
+def test_a_policy_is_copied_pickled_and_made_a_vector(trained: REINFORCE, tmp_path: Path):
+    save_to_pkl(tmp_path / "policy.pkl", trained.policy)
+    other = make_model(**MUCH, seed=8).policy
+    other.load_from_vector(trained.policy.parameters_to_vector())
+    np.testing.assert_array_equal(other.parameters_to_vector(), trained.policy.parameters_to_vector())
+    for policy in (deepcopy(trained.policy), load_from_pkl(tmp_path / "policy.pkl")):
+        assert_same(dict(policy.state_dict()), dict(trained.policy.state_dict()))
