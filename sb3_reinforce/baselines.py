@@ -53,10 +53,8 @@ class RandomProjection(nn.Module):
 class RandomFeatures(nn.Module):
     """
     Append fixed random tanh units, so that a linear fit is a nonlinear function of the state (Rahimi & Recht, 2007, "Random
-    features for large-scale kernel machines").
-
-    Weights are standard normal and biases uniform in [-pi, pi]: inputs of unit scale, as ``normalize_observations`` makes
-    them, reach the linear and the saturated part of the units. More units explain more of the returns.
+    features for large-scale kernel machines"). Weights are standard normal and biases uniform in [-pi, pi]: inputs of unit
+    scale reach the linear and the saturated part of the units. More units explain more of the returns.
     """
 
     weight: th.Tensor

@@ -25,8 +25,7 @@ from sb3_reinforce.returns import kl_divergence
 @dataclass(frozen=True)
 class InverseTimeDecay:
     """
-    Schedule over updates, which does not depend on the total number of timesteps: ``start / (1 + n_updates / halving)``
-    (Robbins & Monro, 1951, "A stochastic approximation method").
+    Schedule over updates, ``start / (1 + n_updates / halving)`` (Robbins & Monro, 1951, "A stochastic approximation method").
 
     :param start: value at the first update, above 0
     :param halving: number of updates until half of it, above 0
@@ -143,7 +142,7 @@ def natural_step(
     :param parameters: trained parameters, whose gradients are not all zero
     :param product: products with the Fisher matrix, see :func:`natural_direction`, as ``damping`` and ``max_steps``
     :param divergence: mean divergence of the current policy from the old one; a ValueError means that it is not defined
-    :return: divergence of the step, or a ValueError if no step leaves the policy finite
+    :return: divergence of the step, 0 if only a step of length 0 leaves it finite
     """
     gradient = flatten(parameter.grad for parameter in parameters if parameter.grad is not None)
     direction = natural_direction(-gradient, product, damping, max_steps)

@@ -27,7 +27,7 @@ BaselineName = Literal["linear", "random_features"]
 
 class BaselinePolicy(ActorCriticPolicy):
     """
-    Mixin that gives any ``ActorCriticPolicy`` a closed-form baseline and observation statistics, see :func:`with_baseline`.
+    Mixin that gives any ``ActorCriticPolicy`` a closed-form baseline, see :func:`with_baseline`.
 
     If ``mlp_extractor`` is SB3's ``MlpExtractor``, its critic branch is replaced by the baseline's feature map; the critic
     branch of any other extractor is the feature map. See ``REINFORCE`` for the parameters; ``action_values`` asks for a critic
@@ -65,8 +65,10 @@ class BaselinePolicy(ActorCriticPolicy):
         self._init_actor()
         # Last, so that their random projections do not change the initial actor
         self._build_critics()
-        # SB3's optimizer also has the parameters of the value layer that the baseline replaces
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        # The baseline replaces a layer whose parameters the optimizer has, too
+        own = {id(parameter) for parameter in self.parameters()}
+        for group in self.optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in own]
 
     def _init_actor(self) -> None:
         """Initialize the weights of the actor, unless SB3 does."""

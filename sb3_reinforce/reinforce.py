@@ -40,12 +40,12 @@ class REINFORCE(EpisodicAlgorithm):
     fitted to the batch. The step follows the damped natural gradient, and ``target_kl`` sets its length; with
     ``target_kl=None``, it is a step of the optimizer at ``learning_rate``.
 
-    Paper: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4.
-    Natural gradient: Kakade (2001); Peters & Schaal (2008); Duan et al. (2016, TNPG), https://arxiv.org/abs/1604.06778
+    Paper: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4. Natural
+    gradient: Kakade (2001); Peters & Schaal (2008); Duan et al. (2016, TNPG), https://arxiv.org/abs/1604.06778
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy), or a subclass of ``ActorCriticPolicy``
-    :param env: The environment to learn from: an id, a function that makes it, an environment, or a ``VecEnv``. All but other
-        ``VecEnv`` than a plain ``DummyVecEnv`` run in an :class:`~sb3_reinforce.EpisodeVecEnv`
+    :param env: The environment to learn from: an id, a function that makes it, an environment, or a ``VecEnv``. All run in an
+        :class:`~sb3_reinforce.EpisodeVecEnv`, except a ``VecEnv`` that is not a plain ``DummyVecEnv``
     :param learning_rate: The learning rate of the optimizer, at least 0, or a function of the current progress remaining (from
         1 to 0). Only used with ``target_kl=None``
     :param n_steps: Minimum number of steps to run for each environment per update, at least 1, instead of ``n_episodes``, for
@@ -55,7 +55,7 @@ class REINFORCE(EpisodicAlgorithm):
     :param target_kl: Kullback-Leibler divergence of the new policy from the old one, in nats per transition, summed over
         action dimensions: a number above 0, a function of the current progress remaining, an
         :class:`~sb3_reinforce.InverseTimeDecay` of the number of updates (default: 0.0125, halved after 50), or None for the
-        optimizer's step. Larger values learn faster and less reliably; a constant never converges
+        optimizer's step. Larger values learn faster and less reliably; with a constant, the policy never settles
     :param cg_max_steps: Maximum number of steps of the conjugate gradient algorithm, at least 1
     :param cg_damping: Damping in the Hessian vector product computation, above 0. Small values give the natural gradient,
         large values the plain one

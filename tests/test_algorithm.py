@@ -23,6 +23,7 @@ from sb3_reinforce.episodes.algorithm import EpisodicAlgorithm
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from tests.envs import RandomLengthEnv, ScriptedEnv, Simulators
 from tests.executors import FakeExecutor
+from tests.runs.common import scalars
 
 #: A model that learns from at least 20 steps in little time
 SMALL: dict[str, Any] = dict(n_steps=20, seed=0, policy_kwargs=dict(net_arch=[4]))
@@ -245,3 +246,25 @@ def test_an_update_is_counted_with_the_episodes_of_its_batch():
     # A new run counts its iterations anew, and continues the numbers of episodes
     model.learn(20)
     assert [getattr(model, name) for name in COUNTERS] == [20, 4, 8, 1]
+
+
+def test_the_next_call_logs_what_is_pending(tmp_path: Path):
+    """Times are dropped. A writer of SB3 fails if a value has no list of excluded formats, or the other way round."""
+    model = make_model(tensorboard_log=str(tmp_path)).learn(60, log_interval=100)
+    assert model._n_iterations >= 3 and "time/between_rollouts" in model.logger.name_to_value
+    model.learn(1, log_interval=model._n_iterations + 1, reset_num_timesteps=False)
+    assert "train/grad_norm" in scalars(tmp_path / "REINFORCE_1")
+
+
+def test_callbacks_are_initialized_once_with_a_progress_bar():
+    class Counting(BaseCallback):
+        n = 0
+
+        def _init_callback(self) -> None:
+            Counting.n += 1
+
+        def _on_step(self) -> bool:
+            return True
+
+    make_model().learn(1, callback=Counting(), progress_bar=True)
+    assert Counting.n == 1

@@ -293,3 +293,18 @@ def test_a_combined_policy_can_be_copied_and_pickled(policy_class: Any, copied: 
 def test_observation_statistics_need_a_policy_of_this_package():
     with pytest.raises(ValueError, match="normalize_observations must be False, except with the policies of sb3_reinforce"):
         make_model(Plain, normalize_observations=True)
+
+
+def test_the_optimizer_of_a_policy_is_kept():
+    class OnlyHead(ActorCriticPolicy):
+        def _build(self, lr_schedule: Any) -> None:
+            super()._build(lr_schedule)
+            self.optimizer = th.optim.SGD(self.action_net.parameters(), lr=lr_schedule(1))
+
+    model = make_model(OnlyHead)
+    before = deepcopy(model.policy.mlp_extractor.policy_net.state_dict())
+    head = model.policy.action_net.weight.detach().clone()
+    model.learn(60)
+    assert type(model.policy.optimizer) is th.optim.SGD
+    assert all(th.equal(value, before[name]) for name, value in model.policy.mlp_extractor.policy_net.state_dict().items())
+    assert not th.equal(model.policy.action_net.weight, head)

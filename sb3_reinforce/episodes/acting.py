@@ -178,7 +178,6 @@ class MlpActor(Actor):
         normalizer: Any = policy.observation_normalizer
         self._normalizer = normalizer
         self._version = -1
-        # Weight and bias of each linear layer, or activation function
         self._layers: list[tuple[Any, Any, Callable[..., Any] | None]] = [
             (module.weight.detach().numpy().T, module.bias.detach().numpy()[None], None)
             if isinstance(module, nn.Linear)

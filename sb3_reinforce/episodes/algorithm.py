@@ -68,7 +68,6 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         self.run_seed: Any = self.seed
         # State at the start of the unfinished iteration, which files contain
         self._rollout_start: dict[str, Any] | None = None
-        # Logged values that are not written yet
         self._logged: list[dict[str, Any]] = []
         self._has_warned = False
         self._running_workers: Workers | None = None
@@ -173,10 +172,12 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         callback = super()._init_callback(callback)
-        if progress_bar:
-            callback = CallbackList([StepsProgressBar(), callback])
-            callback.init_callback(self)
-        return callback
+        if not progress_bar:
+            return callback
+        bar = CallbackList([StepsProgressBar()])
+        bar.init_callback(self)
+        bar.callbacks.append(callback)
+        return bar
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
@@ -210,7 +211,6 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
             if is_reset:
                 self.env.unwrapped.user = self
         elif not is_reset:
-            # Others may have stepped the environments
             self._last_episode_starts = np.zeros(self.n_envs, dtype=bool)
         return result
 
@@ -254,14 +254,15 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
     def _resume_point(self) -> dict[str, Any]:
         """Attributes that change during a rollout and are saved."""
         names = ("num_timesteps", "ep_info_buffer", "ep_success_buffer")
-        logged = [dict(values) for values in _logged_values(self.logger)] if hasattr(self, "_logger") else []
-        if logged:
-            logged[0] = {name: value for name, value in logged[0].items() if np.isscalar(value) and name[:5] != "time/"}
+        logged: list[dict[str, Any]] = []
+        if hasattr(self, "_logger"):
+            kept = [name for name, value in self.logger.name_to_value.items() if np.isscalar(value) and name[:5] != "time/"]
+            logged = [{name: values[name] for name in kept if name in values} for values in _logged_values(self.logger)]
         return {name: copy(getattr(self, name)) for name in names} | {"_logged": logged}
 
     def _excluded_save_params(self) -> list[str]:
         own = ["_rollout_start", "_rollout_end", "_has_warned", "_log_state", "workers", "_running_workers"]
-        return [*super()._excluded_save_params(), *own]
+        return super()._excluded_save_params() + own
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """

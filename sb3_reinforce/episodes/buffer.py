@@ -47,7 +47,6 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         entries = (
             self.observation_space.spaces if isinstance(self.observation_space, spaces.Dict) else {"": self.observation_space}
         )
-        # Free memory before more is allocated: images need much of it
         self._steps, self.observations = [], {}
 
         def join(arrays: Any, dtype: Any = None) -> np.ndarray:

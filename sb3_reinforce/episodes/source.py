@@ -57,7 +57,7 @@ class EpisodeSource:
         """Sample actions, or raise an error that names the first observation that is NaN or infinite if PyTorch refuses to."""
         try:
             return actor(obs)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             for key, entry in obs.items() if isinstance(obs, dict) else [("", obs)]:
                 for env_idx, value in enumerate(entry):
                     if not all_finite(np.asarray(value)):
@@ -146,5 +146,6 @@ def not_finite(who: str, name: str, value: Any, where: str) -> ValueError:
     """The error for a value that is NaN or infinite."""
     return ValueError(
         f"{who} returned the {name} {np.asarray(value).tolist()} {where}: NaN, infinite, or too large for float32 (3.4e38). "
-        "Nothing was learned from this rollout. Fix the environment, or scale or replace such values in a wrapper"
+        "Nothing was learned from this rollout. Fix the environment, or scale or replace such values in a wrapper. The reward at a "
+        "time limit includes the value of the last observation, and VecNormalize spreads NaN to all environments"
     )

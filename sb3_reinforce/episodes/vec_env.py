@@ -94,7 +94,6 @@ class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
 
     def _init_episodes(self) -> None:
         super()._init_episodes()
-        # Fast path for observations that are a single array
         self._array: np.ndarray | None = self.buf_obs[None] if self.keys == [None] else None  # type: ignore[index]
 
     def step_wait(self) -> VecEnvStepReturn:
