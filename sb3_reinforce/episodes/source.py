@@ -146,6 +146,6 @@ def not_finite(who: str, name: str, value: Any, where: str) -> ValueError:
     """The error for a value that is NaN or infinite."""
     return ValueError(
         f"{who} returned the {name} {np.asarray(value).tolist()} {where}: NaN, infinite, or too large for float32 (3.4e38). "
-        "Nothing was learned from this rollout. Fix the environment, or scale or replace such values in a wrapper. The reward at a "
-        "time limit includes the value of the last observation, and VecNormalize spreads NaN to all environments"
+        "Nothing was learned from this rollout. Fix the environment, or scale or replace such values in a wrapper. The reward "
+        "at a time limit includes the value of the last observation, and VecNormalize spreads NaN to all environments"
     )
