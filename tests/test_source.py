@@ -1,7 +1,6 @@
 """``EpisodeSource``: any ``VecEnv`` runs whole episodes, and errors say where they were raised."""
 
 import traceback
-import warnings
 from typing import Any
 
 import numpy as np
@@ -235,32 +234,27 @@ def test_an_observation_that_the_policy_refuses_is_named_at_once():
 # Long episodes ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def warns_after_50_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert source._LONG_EPISODE == 100_000
-    monkeypatch.setattr(source, "_LONG_EPISODE", 50)
-
-
-@pytest.mark.usefixtures("warns_after_50_steps")
 @pytest.mark.parametrize("kind", ["plain", "Simulators"])
-def test_a_long_episode_gets_a_warning(kind: str):
+def test_an_endless_episode_is_an_error(kind: str, monkeypatch: pytest.MonkeyPatch):
     """The second simulator is not even in the rollout, but others wait until it is ready."""
+    monkeypatch.setattr(source, "_LONG_EPISODE", 2000)
     env = scripted([[3], [None]]) if kind == "plain" else Simulators([[4], [10**9]])
-    model = REINFORCE("MlpPolicy", env, n_steps=200, **SMALL)
+    model = REINFORCE("MlpPolicy", env, n_steps=10**6, **SMALL)
     if kind == "Simulators":
         model.learn(1, callback=lambda locals_, _: False)
     message = (
-        r"episode of environment 1 has not ended after 50 steps.*set max_episode_steps \(with a VecEnv: in its env_kwargs"
+        r"episode of environment 1 has not ended after 2,000 steps.*set max_episode_steps \(with a VecEnv: in its env_kwargs"
     )
-    with pytest.warns(UserWarning, match=message):
-        model.learn(1, callback=lambda locals_, _: locals_["n_steps"] < 70, reset_num_timesteps=False)
+    with pytest.raises(RuntimeError, match=message):
+        model.learn(1, reset_num_timesteps=False)
 
 
-@pytest.mark.usefixtures("warns_after_50_steps")
-def test_a_long_rollout_of_short_episodes_gets_no_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = REINFORCE("MlpPolicy", scripted([[3], [49]]), n_steps=150, **SMALL).learn(1)
-        # Idle for more than 50 steps
-        REINFORCE("MlpPolicy", scripted([[49], [1]]), n_episodes=4, **SMALL).learn(1)
-    assert model.rollout_buffer.size() >= 300
+def test_max_episode_steps_may_exceed_the_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(source, "_LONG_EPISODE", 1000)
+    env = ScriptedEnv([None])
+    assert REINFORCE("MlpPolicy", env, n_episodes=1, max_episode_steps=2500, **SMALL).learn(1).num_timesteps == 2500
+
+
+def test_a_long_rollout_of_short_episodes_is_no_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(source, "_LONG_EPISODE", 1000)
+    REINFORCE("MlpPolicy", scripted([[3], [49]]), n_steps=1500, **SMALL).learn(1)

@@ -1,6 +1,5 @@
 """Any ``VecEnv``, stepped through the episodes of a schedule."""
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from sb3_reinforce.episodes.buffer import all_finite
 from sb3_reinforce.episodes.schedule import EpisodeSchedule, episode_seed
 from sb3_reinforce.episodes.vec_env import EpisodeRunner, idle_info
 
-#: Steps of an episode that gets a warning
+#: An episode of this many steps never ends, unless max_episode_steps allows more
 _LONG_EPISODE = 100_000
 
 
@@ -69,7 +68,7 @@ class EpisodeSource:
         """
         Step the environments. Idle sub-environments have a reward of 0, done False, and an :func:`idle_info`.
 
-        :raises RuntimeError: if a callback has stepped or reset the environments
+        :raises RuntimeError: if a callback has stepped or reset the environments, or an episode does not end
         """
         schedule, episode_env, active = self.schedule, self.episode_env, self.schedule.active
         schedule.begin_step()
@@ -101,13 +100,12 @@ class EpisodeSource:
             if not active.all():
                 rewards, dones = np.where(active, rewards, np.float32(0)), dones & active
                 infos = [info if active[env_idx] else idle_info(info) for env_idx, info in enumerate(infos)]
-        if schedule.n_steps % _LONG_EPISODE == 0:
+        if schedule.n_steps % 1000 == 0:
             n_steps = np.where(schedule.active | (not self.skips_idle_envs), schedule.n_steps - schedule.start_steps, 0)
-            if n_steps.max() >= _LONG_EPISODE:
-                warnings.warn(
+            if n_steps.max() >= max(_LONG_EPISODE, getattr(episode_env, "max_episode_steps", None) or 0):
+                raise RuntimeError(
                     f"The episode of environment {n_steps.argmax()} has not ended after {n_steps.max():,} steps. REINFORCE "
-                    "learns from whole episodes: if it never ends, set max_episode_steps (with a VecEnv: in its env_kwargs)",
-                    stacklevel=2,
+                    "learns from whole episodes: set max_episode_steps (with a VecEnv: in its env_kwargs)"
                 )
         return obs, rewards, dones, infos
 
