@@ -44,21 +44,21 @@ class BaselinePolicy(ActorCriticPolicy):
         action_values: bool = False,
         **kwargs: Any,
     ):
-        own: dict[str, Any] = dict(baseline=baseline, baseline_memory=baseline_memory, baseline_kwargs=baseline_kwargs or {})
-        self._own_parameters = own | dict(normalize_observations=normalize_observations, action_values=action_values)
+        self.baseline, self.baseline_memory, self.baseline_kwargs = baseline, baseline_memory, baseline_kwargs or {}
+        self.normalize_observations, self.action_values = normalize_observations, action_values
         super().__init__(*args, **kwargs)
 
     def _build_mlp_extractor(self) -> None:
         super()._build_mlp_extractor()
-        feature_map, _ = FEATURE_MAPS[self._own_parameters["baseline"] or "linear"]
+        feature_map, _ = FEATURE_MAPS[self.baseline or "linear"]
         if type(self.mlp_extractor) is MlpExtractor:
-            kwargs = {key: value for key, value in self._own_parameters["baseline_kwargs"].items() if key != "ridge"}
+            kwargs = {key: value for key, value in self.baseline_kwargs.items() if key != "ridge"}
             critic: Any = nn.Identity() if feature_map is None else feature_map(self.features_dim, **kwargs)
             self.mlp_extractor.value_net = critic
             self.mlp_extractor.latent_dim_vf = self.features_dim if feature_map is None else critic.out_features
 
     def _build(self, lr_schedule: Schedule) -> None:
-        normalizer = ObservationNormalizer(self.observation_space) if self._own_parameters["normalize_observations"] else None
+        normalizer = ObservationNormalizer(self.observation_space) if self.normalize_observations else None
         #: None if no observation is normalized
         self.observation_normalizer = normalizer if normalizer is not None and normalizer.keys else None
         super()._build(lr_schedule)
@@ -74,18 +74,17 @@ class BaselinePolicy(ActorCriticPolicy):
         """Initialize the weights of the actor, unless SB3 does."""
 
     def _build_critics(self) -> None:
-        own = self._own_parameters
         #: None if there is no critic of action values
         self.action_value_net: ActionValues | None = None
-        if own["baseline"] is None:
+        if self.baseline is None:
             self.value_net = NoBaseline()  # type: ignore[assignment]
             return
         # Many learned features are constant, so the fit needs a ridge
         is_learned = any(True for _ in self.vf_features_extractor.parameters())
-        _, ridge = FEATURE_MAPS["random_features" if is_learned else own["baseline"]]
-        kwargs = dict(ridge=own["baseline_kwargs"].get("ridge", ridge), memory=own["baseline_memory"], truncate=is_learned)
+        _, ridge = FEATURE_MAPS["random_features" if is_learned else self.baseline]
+        kwargs = dict(ridge=self.baseline_kwargs.get("ridge", ridge), memory=self.baseline_memory, truncate=is_learned)
         self.value_net = LinearBaseline(self.mlp_extractor.latent_dim_vf, **kwargs)  # type: ignore[assignment]
-        if own["action_values"]:
+        if self.action_values:
             self.action_value_net = ActionValues(self.value_net.n_features, self.action_space, self.squash_output, **kwargs)  # type: ignore[arg-type]
 
     def _normalize(self, obs: PyTorchObs) -> PyTorchObs:
@@ -127,8 +126,9 @@ class BaselinePolicy(ActorCriticPolicy):
         return max(1, CHUNK // max(n_copies * spaces.flatdim(self.observation_space), *widths))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        sb3 = super()._get_constructor_parameters()
-        return sb3 | self._own_parameters | dict(share_features_extractor=self.share_features_extractor)
+        own = ("baseline", "baseline_memory", "baseline_kwargs", "normalize_observations", "action_values")
+        names = (*own, "share_features_extractor")
+        return super()._get_constructor_parameters() | {name: getattr(self, name) for name in names}
 
 
 class MlpPolicy(BaselinePolicy):
