@@ -33,7 +33,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         Add one step of all sub-environments, or a whole episode of a single one, with arrays of (n_envs, ...): actions before
         clipping, False in ``active`` for idle sub-environments, and NaN for values that are computed later.
         """
-        # Copy: a VecEnv may reuse the memory of observations and rewards
+        # Copy to C order: rounding depends on the memory layout, which differs for transposed images
         obs = {key: entry.copy() for key, entry in obs.items()} if isinstance(obs, dict) else obs.copy()
         self._steps.append((obs, action, reward.astype(np.float64), episode_start, active, values))
         self.pos += len(reward) // self.n_envs
