@@ -2,7 +2,6 @@
 
 from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
-from sb3_reinforce.natural_gradient import InverseTimeDecay
 from sb3_reinforce.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.tools.checkpoints import AtomicCheckpointCallback, newest_checkpoint, restore_evaluations
@@ -17,7 +16,6 @@ __all__ = [
     "EnvFactory",
     "EpisodeRolloutBuffer",
     "EpisodeVecEnv",
-    "InverseTimeDecay",
     "MlpPolicy",
     "MultiInputPolicy",
     "newest_checkpoint",

@@ -4,6 +4,7 @@ Critics that are linear in fixed features and fitted in closed form: the baselin
 All tensors are buffers, so they are saved with the policy and the optimizer does not change them.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +19,8 @@ MAX_FEATURES = 384
 _RANK_TOLERANCE = 1e-12
 #: A feature is constant up to rounding if its standard deviation is below this fraction of its mean.
 _CONSTANT_TOLERANCE = 1e-10
-#: Samples per block of the moments, which stays in the processor's cache, and numbers per block of action features
-_BLOCK, _NUMBERS = 2048, 2_000_000
+#: Numbers per block of action features
+_NUMBERS = 2_000_000
 
 
 class Moments(NamedTuple):
@@ -30,65 +31,49 @@ class Moments(NamedTuple):
     scatter: np.ndarray
 
 
-class RandomProjection(nn.Module):
+class BaselineFeatures(nn.Module):
     """
-    Random projection by a count sketch: each feature is added, with a random sign, to one of the outputs (Charikar et al.,
-    2002; Weinberger et al., 2009, https://arxiv.org/abs/0902.2206). Scalar products are kept in expectation.
-    """
+    Features of a state-value baseline: those of the state, the time, and fixed random tanh units of both.
 
-    index: th.Tensor
-    sign: th.Tensor
+    From the time, the baseline knows how much of an episode is left (Duan et al., 2016; Pardo et al., 2018). Random units make
+    a linear fit a nonlinear function (Rahimi & Recht, 2007, "Random features for large-scale kernel machines"). Their weights
+    are standard normal and their biases uniform in [-pi, pi]: inputs of unit scale reach both parts of the units, the linear
+    and the saturated one. More units explain more of the returns.
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        self.out_features = out_features
-        self.register_buffer("index", th.randint(out_features, (in_features,), dtype=th.int32))
-        self.register_buffer("sign", 2 * th.randint(2, (in_features,), dtype=th.int8) - 1)
-
-    def forward(self, features: th.Tensor) -> th.Tensor:
-        projections = features.new_zeros(len(features), self.out_features)
-        return projections.index_add_(1, self.index, features * self.sign)
-
-
-class RandomFeatures(nn.Module):
-    """
-    Append fixed random tanh units, so that a linear fit is a nonlinear function of the state (Rahimi & Recht, 2007, "Random
-    features for large-scale kernel machines"). Weights are standard normal and biases uniform in [-pi, pi]: inputs of unit
-    scale reach the linear and the saturated part of the units. More units explain more of the returns.
+    :param in_features: number of features of the state
+    :param n_units: number of random units
+    :param time: whether the time is a feature
+    :param gamma: discount factor: the unit of time is ``1 / (1 - gamma)`` steps, at most 1000, the horizon of the returns
     """
 
+    #: Bound of the time
+    clip = 10.0
     weight: th.Tensor
     bias: th.Tensor
 
-    def __init__(self, in_features: int, n_units: int = 128):
+    def __init__(self, in_features: int, n_units: int = 0, time: bool = False, gamma: float = 0.99):
         super().__init__()
-        self.out_features = in_features + n_units
-        self.register_buffer("weight", th.randn(n_units, in_features))
+        self.time_unit = 1 / max(1 - gamma, 1e-3) if time else math.inf
+        n_inputs = in_features + time
+        self.out_features = n_inputs + n_units
+        self.register_buffer("weight", th.randn(n_units, n_inputs))
         self.register_buffer("bias", np.pi * (2 * th.rand(n_units) - 1))
 
-    def forward(self, features: th.Tensor) -> th.Tensor:
-        return th.cat([features, th.tanh(nn.functional.linear(features, self.weight, self.bias))], dim=-1)
+    def forward(self, features: th.Tensor, n_steps: th.Tensor | None = None) -> th.Tensor:
+        """
+        Compute the features of (batch, in_features) states.
+
+        :param n_steps: (batch,) steps since the start of the episode, None at its start
+        """
+        if math.isfinite(self.time_unit):
+            time = features.new_zeros(len(features)) if n_steps is None else n_steps.to(features) / self.time_unit
+            features = th.cat([features, time.clamp(max=self.clip)[:, None]], dim=-1)
+        units = th.tanh(nn.functional.linear(features, self.weight, self.bias)) if len(self.bias) else features[:, :0]
+        return th.cat([features, units], dim=-1)
 
 
-#: ``baseline=`` -> feature map (None for the features themselves) and default ridge
-FEATURE_MAPS: dict[str, tuple[type[RandomFeatures] | None, float]] = {
-    "linear": (None, 0.0),
-    "random_features": (RandomFeatures, 0.2),
-}
-
-
-class NoBaseline(nn.Module):
-    """A baseline that is 0 everywhere."""
-
-    def project(self, features: th.Tensor) -> th.Tensor:
-        return features.new_empty(len(features), 0)
-
-    def forward(self, features: th.Tensor) -> th.Tensor:
-        return features.new_zeros(len(features), 1, dtype=th.float64)
-
-    predict = forward
-
-    def fit(self, features: np.ndarray, returns: np.ndarray) -> None: ...
+#: ``baseline=`` -> default number of random units, whether the time is a feature, and default ridge
+BASELINES: dict[str, tuple[int, bool, float]] = {"linear": (0, False, 0.0), "random_features": (128, True, 0.2)}
 
 
 class LinearBaseline(nn.Module):
@@ -100,7 +85,8 @@ class LinearBaseline(nn.Module):
     samples), the one of minimum norm is taken. It equals scikit-learn's ``LinearRegression``, or ``Ridge(alpha=ridge *
     n_samples)`` behind a ``StandardScaler``.
 
-    :param in_features: number of features; more than ``MAX_FEATURES`` are projected at random
+    :param features: number of features, or the :class:`BaselineFeatures` of a state. More than ``MAX_FEATURES`` are projected
+        at random
     :param ridge: at least 0, dimensionless; 0 is ordinary least squares
     :param memory: in [0, 1), weight of earlier batches relative to the next one
     :param truncate: whether predictions are clipped to the range of the latest returns (Györfi et al., 2002, "A
@@ -114,28 +100,36 @@ class LinearBaseline(nn.Module):
     scatter: th.Tensor
     low: th.Tensor
     high: th.Tensor
+    projection: th.Tensor
 
-    def __init__(self, in_features: int, ridge: float = 0.0, memory: float = 0.0, truncate: bool = False):
+    def __init__(self, features: int | BaselineFeatures, ridge: float = 0.0, memory: float = 0.0, truncate: bool = False):
         super().__init__()
-        self.project = RandomProjection(in_features, MAX_FEATURES) if in_features > MAX_FEATURES else nn.Identity()
+        self.features = BaselineFeatures(features) if isinstance(features, int) else features
+        in_features = self.features.out_features
         self.n_features = n_features = min(in_features, MAX_FEATURES)
+        if in_features > MAX_FEATURES:
+            # Scalar products are kept in expectation (Johnson & Lindenstrauss, 1984)
+            self.register_buffer("projection", th.randn(in_features, MAX_FEATURES) / math.sqrt(MAX_FEATURES))
         self.ridge = ridge
         self.memory = memory
         self.truncate = truncate
         self.register_buffer("weight", th.zeros(1, n_features, dtype=th.float64))
         self.register_buffer("bias", th.zeros(1, dtype=th.float64))
-        if truncate:
-            self.register_buffer("low", th.zeros((), dtype=th.float64))
-            self.register_buffer("high", th.zeros((), dtype=th.float64))
-        if memory > 0:
-            # Moments of [features, return] over the remembered batches; of the scatter matrix, the upper triangle
-            self.register_buffer("count", th.zeros((), dtype=th.float64))
-            self.register_buffer("mean", th.zeros(n_features + 1, dtype=th.float64))
-            self.register_buffer("scatter", th.zeros((n_features + 1) * (n_features + 2) // 2, dtype=th.float64))
+        self.register_buffer("low", th.zeros((), dtype=th.float64))
+        self.register_buffer("high", th.zeros((), dtype=th.float64))
+        # Moments of [features, return] over the remembered batches; of the scatter matrix, the upper triangle
+        self.register_buffer("count", th.zeros((), dtype=th.float64))
+        self.register_buffer("mean", th.zeros(n_features + 1, dtype=th.float64))
+        self.register_buffer("scatter", th.zeros((n_features + 1) * (n_features + 2) // 2, dtype=th.float64))
 
-    def forward(self, features: th.Tensor) -> th.Tensor:
-        """Predict the returns of (batch, in_features) features."""
-        return self.predict(self.project(features))
+    def forward(self, features: th.Tensor, n_steps: th.Tensor | None = None) -> th.Tensor:
+        """Predict the returns of states, see :class:`BaselineFeatures`."""
+        return self.predict(self.project(features, n_steps))
+
+    def project(self, features: th.Tensor, n_steps: th.Tensor | None = None) -> th.Tensor:
+        """Compute the (batch, n_features) input of the regression."""
+        features = self.features(features, n_steps)
+        return features @ self.projection if self.n_features < self.features.out_features else features
 
     def predict(self, features: th.Tensor) -> th.Tensor:
         """Predict (batch, 1) returns, float64, from the (batch, n_features) output of :attr:`project`."""
@@ -164,14 +158,11 @@ class LinearBaseline(nn.Module):
         weight, bias = _fit_moments(self._remember(moments), self.ridge)
         self.weight.copy_(th.as_tensor(weight)[None])
         self.bias.fill_(bias)
-        if self.truncate:
-            self.low.fill_(returns.min())
-            self.high.fill_(returns.max())
+        self.low.fill_(returns.min())
+        self.high.fill_(returns.max())
 
     def _remember(self, moments: Moments) -> Moments:
         """Merge the moments of a batch into the remembered ones."""
-        if self.memory == 0:
-            return moments
         upper = np.triu_indices(len(moments.mean))
         scatter = np.zeros_like(moments.scatter)
         scatter[upper] = self.memory * self.scatter.cpu().numpy()
@@ -187,8 +178,8 @@ class ActionValues(nn.Module):
     Least-squares regression of returns on features of states and actions, ``q(s, a)``, which is 0 until the first fit.
 
     Its features are those of the state and of the action, and all their products. Discrete actions are one-hot vectors.
-    Continuous actions are clipped to the bounds of the action space ([-1, 1] if the policy squashes them) and scaled to
-    [-1, 1] (not if a bound is infinite), and their squares are appended. ``kwargs`` go to :class:`LinearBaseline`.
+    Continuous actions are clipped to the bounds of the action space ([-1, 1] if the policy squashes them), and their squares
+    are appended. ``kwargs`` go to :class:`LinearBaseline`.
     """
 
     low: th.Tensor
@@ -212,12 +203,8 @@ class ActionValues(nn.Module):
         if not isinstance(self.action_space, spaces.Box):
             actions = actions.long().reshape(-1, *self.action_space.shape)  # type: ignore[misc]
             return preprocess_obs(actions, self.action_space)  # type: ignore[return-value]
-        scale = (self.high - self.low) / 2
-        is_scaled = th.isfinite(scale) & (scale > 0)
-        center = th.where(is_scaled, (self.high + self.low) / 2, 0.0)
         clipped = th.minimum(th.maximum(actions.double(), self.low), self.high)
-        scaled = (clipped - center) / th.where(is_scaled, scale, 1.0)
-        return th.cat([scaled, scaled**2], dim=-1).float()
+        return th.cat([clipped, clipped**2], dim=-1).float()
 
     def project(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """Compute the (batch, n_features) input of the regression from state features and actions, in blocks."""
@@ -235,27 +222,12 @@ class ActionValues(nn.Module):
         self.linear.fit(self.project(features, actions).cpu().numpy(), returns)
 
 
-def solve_standardized(gram: np.ndarray, moment: np.ndarray, ridge: float) -> np.ndarray:
-    """Minimum-norm solution of ``(gram + ridge I) w = moment``, which ignores directions without variance."""
-    if ridge >= 1e-6:
-        return np.linalg.solve(gram + ridge * np.eye(len(gram)), moment)
-    eigenvalues, eigenvectors = np.linalg.eigh(gram)
-    kept = eigenvalues > _RANK_TOLERANCE * max(eigenvalues[-1], 0.0)
-    basis = eigenvectors[:, kept]
-    return basis @ (basis.T @ moment / (eigenvalues[kept] + ridge))
-
-
 def _moments(features: np.ndarray, returns: np.ndarray) -> Moments:
     """Moments of the joint samples [features, return]."""
-    n = features.shape[1] + 1
-    moments = Moments(0.0, np.zeros(n), np.zeros((n, n)))
-    for start in range(0, len(returns), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        joint = np.column_stack([features[block], returns[block]])
-        mean = joint.mean(axis=0)
-        joint -= mean
-        moments = _merge(moments, Moments(float(len(joint)), mean, joint.T @ joint))
-    return moments
+    joint = np.column_stack([features, returns])
+    mean = joint.mean(axis=0)
+    joint -= mean
+    return Moments(float(len(joint)), mean, joint.T @ joint)
 
 
 def _merge(first: Moments, second: Moments) -> Moments:
@@ -277,3 +249,10 @@ def _fit_moments(moments: Moments, ridge: float) -> tuple[np.ndarray, float]:
     correlation = scatter[:-1, :-1] / n_samples / np.outer(std, std)
     weight = solve_standardized(correlation, scatter[:-1, -1] / n_samples / std, ridge) / std
     return weight, mean[-1] - weight @ mean[:-1]
+
+
+def solve_standardized(gram: np.ndarray, moment: np.ndarray, ridge: float) -> np.ndarray:
+    """Minimum-norm solution of ``(gram + ridge I) w = moment``, which ignores directions without variance."""
+    if ridge >= 1e-6:
+        return np.linalg.solve(gram + ridge * np.eye(len(gram)), moment)
+    return np.linalg.pinv(gram, rcond=_RANK_TOLERANCE, hermitian=True) @ moment

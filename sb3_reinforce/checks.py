@@ -2,7 +2,7 @@
 
 from typing import Any, get_args
 
-from sb3_reinforce.baselines import FEATURE_MAPS
+from sb3_reinforce.baselines import BASELINES
 from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.episodes.checks import check_count, is_integer, is_real
 from sb3_reinforce.policies import MlpPolicy
@@ -16,11 +16,8 @@ def check_hyperparameters(model: Any) -> None:
         if not is_valid:
             raise ValueError(f"{name.lstrip('_')} must be {expected}, got {name.lstrip('_')}={getattr(model, name)!r}")
 
-    if (model.n_steps is None) == (model.n_episodes is None):
-        raise ValueError(
-            "Exactly one of n_steps and n_episodes must be given, the size of a batch; "
-            f"got n_steps={model.n_steps}, n_episodes={model.n_episodes}"
-        )
+    if model.n_steps is None and model.n_episodes is None:
+        raise ValueError("n_steps and n_episodes are both None: one of them must be given, the size of a batch")
     for name in ("n_steps", "n_episodes", "max_episode_steps"):
         check_count(name, getattr(model, name))
     check("_stats_window_size", is_integer(model._stats_window_size), "an integer of at least 1")
@@ -28,16 +25,17 @@ def check_hyperparameters(model: Any) -> None:
     check("ent_coef", is_real(model.ent_coef, minimum=0), "finite and at least 0")
     rate, target_kl = model.learning_rate, model.target_kl
     check("learning_rate", callable(rate) or is_real(rate, minimum=0), "a schedule, or finite and at least 0")
-    is_step = target_kl is None or callable(target_kl) or (is_real(target_kl) and target_kl > 0)
-    check("target_kl", is_step, "a schedule, or finite and above 0, or None for the optimizer's step")
+    is_step = target_kl in (None, "auto") or callable(target_kl) or (is_real(target_kl) and target_kl > 0)
+    check("target_kl", is_step, "'auto', a schedule, or finite and above 0, or None for the optimizer's step")
     check("cg_max_steps", is_integer(model.cg_max_steps), "an integer of at least 1")
-    check("cg_damping", is_real(model.cg_damping) and model.cg_damping > 0, "finite and above 0")
-    check("baseline", model.baseline is None or model.baseline in FEATURE_MAPS, f"None or one of {sorted(FEATURE_MAPS)}")
+    is_damping = model.cg_damping == "auto" or (is_real(model.cg_damping) and model.cg_damping > 0)
+    check("cg_damping", is_damping, "'auto', or finite and above 0")
+    check("baseline", model.baseline is None or model.baseline in BASELINES, f"None or one of {sorted(BASELINES)}")
     check("advantage", model.advantage in get_args(AdvantageName), f"one of {sorted(get_args(AdvantageName))}")
     if model.baseline is None:
         check("advantage", model.advantage == "monte_carlo", "'monte_carlo' with baseline=None: the others need a critic")
     check("baseline_memory", is_real(model.baseline_memory, 0) and model.baseline_memory < 1, "in [0, 1)")
-    allowed = {None: set(), "random_features": {"ridge", "n_units"}}.get(model.baseline, {"ridge"})
+    allowed = {None: set(), "random_features": {"ridge", "n_units", "time"}}.get(model.baseline, {"ridge", "time"})
     check("baseline_kwargs", model.baseline_kwargs.keys() <= allowed, f"a dictionary of {sorted(allowed)} with this baseline")
     is_valid = is_real(model.baseline_kwargs.get("ridge", 0), 0) and is_integer(model.baseline_kwargs.get("n_units", 1))
     check("baseline_kwargs", is_valid, "a finite ridge of at least 0, and an integer n_units of at least 1")

@@ -1,50 +1,29 @@
 """
-The natural gradient, and the length of a step along it.
+The natural gradient, with a damping that the batch chooses, and the length of a step along it.
 
-It improves the policy most per change of its action distributions, whatever its parameters are (Amari, 1998; Kakade, 2001, "A
-natural policy gradient"; Peters & Schaal, 2008). Conjugate gradients compute it without the Fisher matrix, and a divergence
-sets the length, as in truncated natural policy gradients (Duan et al., 2016, https://arxiv.org/abs/1604.06778).
+The natural gradient improves the policy most per change of its action distributions, whatever its parameters are (Amari, 1998;
+Kakade, 2001, "A natural policy gradient"; Peters & Schaal, 2008). A Krylov space approximates it without the Fisher matrix,
+and a divergence sets the length, as in truncated natural policy gradients (Duan et al., 2016,
+https://arxiv.org/abs/1604.06778).
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from copy import copy
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from sb3_contrib.common.utils import conjugate_gradient_solver
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sb3_reinforce.episodes.schedule import torch_seeded_from
-from sb3_reinforce.policies import BaselinePolicy
-from sb3_reinforce.returns import kl_divergence
+from sb3_reinforce.policies import BaselinePolicy, flatten
 
+#: Dampings that batches choose from, the first one where nothing is known
+DAMPINGS = np.array([0.1, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0])
+#: Mean scores before the first batch, and weight of the latest batch in them
+_PRIOR, _NEWEST = (0.03, 0.24), 0.1
 
-@dataclass(frozen=True)
-class InverseTimeDecay:
-    """
-    Schedule over updates, ``start / (1 + n_updates / halving)`` (Robbins & Monro, 1951, "A stochastic approximation method").
-
-    :param start: value at the first update, above 0
-    :param halving: number of updates until half of it, above 0
-    """
-
-    start: float
-    halving: float
-
-    def __post_init__(self) -> None:
-        if not (0 < self.start < math.inf and 0 < self.halving):
-            raise ValueError(f"start and halving must be above 0, got {self}")
-
-    def __call__(self, n_updates: int) -> float:
-        return self.start / (1 + n_updates / self.halving)
-
-
-def flatten(tensors: Iterable[th.Tensor]) -> th.Tensor:
-    """Concatenate tensors into one vector."""
-    return th.cat([tensor.flatten() for tensor in tensors])
+Product = Callable[[th.Tensor], th.Tensor]
 
 
 @th.no_grad()
@@ -55,68 +34,164 @@ def assign(parameters: Sequence[th.Tensor], vector: th.Tensor) -> None:
 
 
 @th.enable_grad()
-def self_divergence(policy: BaselinePolicy, observations: PyTorchObs) -> th.Tensor:
-    """Mean divergence of a policy from itself in (n_states, ...) observations: 0, with second-order gradients."""
+def fisher_vector_product(policy: BaselinePolicy, observations: PyTorchObs, parameters: Sequence[th.Tensor]) -> Product:
+    """
+    Products (n,) -> (n,) with the Fisher information matrix of a policy, the mean over (n_states, ...) observations.
+
+    The matrix is ``J^T H J`` (Martens, 2020, "New insights and perspectives on the natural gradient method", section 9): J is
+    the Jacobian of the distributions' parameters, and H the Hessian of the divergence in these. A product with J is the
+    gradient of ``J^T u`` in u, which is linear, so that one backward pass is recorded for all products.
+
+    :param parameters: parameters with n entries in total
+    """
     # PyTorch's fast attention has no second derivatives
     with sdpa_kernel(SDPBackend.MATH):
-        with th.no_grad():
-            old = copy(policy.evaluate_observations(observations)[0])
-        return kl_divergence(old, policy.evaluate_observations(observations)[0]).mean()
+        distribution: Any = policy.evaluate_observations(observations)[0].distribution
+        parts = distribution if isinstance(distribution, list) else [distribution]
+        named = [{name: vars(part)[name] for name in part.arg_constraints if name in vars(part)} for part in parts]
+        outputs = [tensor for tensors in named for tensor in tensors.values() if tensor.requires_grad]
+        dual = [th.zeros_like(output, requires_grad=True) for output in outputs]
+        transposed = flatten(th.autograd.grad(outputs, parameters, dual, create_graph=True, materialize_grads=True))
 
-
-@th.enable_grad()
-def fisher_vector_product(divergence: th.Tensor, parameters: Sequence[th.Tensor]) -> Callable[[th.Tensor], th.Tensor]:
-    """
-    Products (n,) -> (n,) with the Fisher information matrix of a policy, for parameters with n entries in total.
-
-    The matrix is the Hessian of the :func:`self_divergence` (Kakade, 2001), and a product is the gradient of the gradient's
-    product with a vector (Pearlmutter, 1994, "Fast exact multiplication by the Hessian").
-    """
-    gradient = flatten(th.autograd.grad(divergence, parameters, create_graph=True, materialize_grads=True))
+    point = [output.detach().requires_grad_() for output in outputs]
+    values, divergence = iter(point), th.zeros(())
+    for part, tensors in zip(parts, named, strict=True):
+        old = type(part)(**{name: tensor.detach() for name, tensor in tensors.items()}, validate_args=False)
+        given = {name: next(values) if tensor.requires_grad else tensor for name, tensor in tensors.items()}
+        new = type(part)(**given, validate_args=False)
+        divergence = divergence + th.distributions.kl_divergence(old, new).sum() / len(outputs[0])
+    slope = th.autograd.grad(divergence, point, create_graph=True, materialize_grads=True)
 
     def product(vector: th.Tensor) -> th.Tensor:
-        return flatten(th.autograd.grad(gradient, parameters, vector, retain_graph=True, materialize_grads=True))
+        image = th.autograd.grad(transposed, dual, vector, retain_graph=True, materialize_grads=True)
+        image = th.autograd.grad(slope, point, image, retain_graph=True, materialize_grads=True)
+        return flatten(th.autograd.grad(outputs, parameters, image, retain_graph=True, materialize_grads=True))
 
     return product
 
 
-def natural_direction(
-    gradient: th.Tensor, product: Callable[[th.Tensor], th.Tensor], damping: float, max_steps: int
-) -> th.Tensor:
-    """
-    Direction of ``(F + damping I)^-1 gradient``, by conjugate gradients (Hestenes & Stiefel, 1952).
+class KrylovSpace(NamedTuple):
+    """Krylov space of the Fisher matrix F and a gradient, of k dimensions."""
 
+    #: (k, n) orthonormal basis, which begins with the direction of the gradient
+    basis: th.Tensor
+    #: (k, k) tridiagonal matrix, ``basis F basis^T``
+    fisher: np.ndarray
+    #: Norm of the gradient
+    norm: float
+
+    def solve(self, damping: np.ndarray) -> np.ndarray:
+        """
+        (n_dampings, k) coordinates of ``(F + damping I)^-1 gradient`` in the basis: those of k steps of conjugate gradients.
+        One space serves all dampings, since a shift of the matrix does not change it (Frommer & Maass, 1999).
+        """
+        eigenvalues, eigenvectors = np.linalg.eigh(self.fisher)
+        return (self.norm * eigenvectors[0] / (eigenvalues + damping[:, None])) @ eigenvectors.T
+
+    def direction(self, damping: float) -> th.Tensor:
+        """(n,) approximation of ``(F + damping I)^-1 gradient``."""
+        return self.basis.T @ th.as_tensor(self.solve(np.array([damping]))[0]).to(self.basis)
+
+
+def krylov_space(product: Product, gradient: th.Tensor, max_steps: int) -> KrylovSpace:
+    """
+    Build a Krylov space with the Lanczos algorithm (Lanczos, 1950), reorthogonalized because of float32.
+
+    :param product: products with F
     :param gradient: (n,) finite, not all zero
-    :param product: products with the Fisher matrix F
-    :param damping: above 0, in the unit of F; large values approach the plain gradient
-    :param max_steps: maximum number of steps of the solver
+    :param max_steps: maximum number of dimensions, and of products
     """
     # Squares of numbers below 1e-22 underflow in float32
-    unit = gradient / gradient.abs().max()
-    unit = unit / unit.norm()
-    # The solver's random start and its tolerance are absolute numbers
-    scale = unit @ product(unit) + damping
-    with torch_seeded_from(np.random.default_rng(0), gradient.device):
-        return conjugate_gradient_solver(lambda vector: (product(vector) + damping * vector) / scale, unit, max_iter=max_steps)
+    scale = gradient.abs().max()
+    norm = (gradient / scale).norm()
+    vectors, diagonal, off_diagonal = [gradient / scale / norm], [], []
+    while True:
+        image = product(vectors[-1])
+        diagonal.append((vectors[-1] @ image).item())
+        basis = th.stack(vectors)
+        for _ in range(2):
+            image = image - basis.T @ (basis @ image)
+        length = image.norm().item()
+        # What is left of the image may be rounding alone
+        if len(vectors) == max_steps or not length > 1e-6 * abs(diagonal[0]):
+            break
+        off_diagonal.append(length)
+        vectors.append(image / length)
+    fisher = np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
+    return KrylovSpace(basis, fisher, (scale * norm).item())
+
+
+def initial_scores(n_dampings: int) -> np.ndarray:
+    """(2, n_dampings) scores before the first batch, see :func:`cross_validate`."""
+    return np.outer(_PRIOR, np.ones(n_dampings))
+
+
+def cross_validate(halves: Sequence[th.Tensor], spaces: Sequence[KrylovSpace], dampings: np.ndarray) -> np.ndarray:
+    """
+    Judge dampings: each half of a batch proposes directions, and the other half judges them.
+
+    A short step of divergence ``e`` along a direction ``d`` improves the objective by ``sqrt(2 e) g.d / sqrt(d.F d)``. With
+    the gradient ``g`` of the other half, which does not share the noise of ``d``, the estimate is unbiased. With the gradient
+    of the half that proposes ``d``, it is what the direction promises, which is too much.
+
+    :param halves: two (n,) gradients from different episodes
+    :param spaces: their Krylov spaces
+    :return: (2, n_dampings) judged and promised improvements per ``sqrt(2 e)``, summed over the halves
+    """
+    scores = np.zeros((2, len(dampings)))
+    for space, gradients in zip(spaces, (halves[::-1], halves), strict=True):
+        steps = space.solve(dampings)
+        lengths = np.sqrt(np.einsum("di,ij,dj->d", steps, space.fisher, steps).clip(1e-30))
+        scores += np.stack([steps @ (space.basis @ gradient).double().cpu().numpy() for gradient in gradients]) / lengths
+    return scores
+
+
+def natural_direction(
+    product: Product, parts: Sequence[th.Tensor], dampings: np.ndarray, scores: np.ndarray, max_steps: int
+) -> tuple[th.Tensor, int, np.ndarray]:
+    """
+    Compute the direction of ``(F + damping I)^-1 gradient``, with the damping of the best mean score.
+
+    :param product: products with the Fisher matrix F
+    :param parts: (n,) gradients of one or two parts of a batch, which add up to its gradient; not all are zero
+    :param dampings: dampings to choose from, the first one where scores are equal
+    :param scores: (2, n_dampings) running means of :func:`cross_validate`, to which two parts contribute
+    :param max_steps: maximum number of products per part
+    :return: (n,) direction, position of the damping, and running means
+    """
+    parts = [part for part in parts if part.any()]
+    spaces = [krylov_space(product, part, max_steps) for part in parts]
+    if len(parts) == 2:
+        scores = (1 - _NEWEST) * scores + _NEWEST * cross_validate(parts, spaces, dampings)
+    chosen = int(scores[0].argmax())
+    # The inverse is linear: the directions of the parts add up to that of the batch
+    return th.stack([space.direction(dampings[chosen]) for space in spaces]).sum(dim=0), chosen, scores
+
+
+def divergence_of_signal(signal: float, n_updates: int) -> float:
+    """
+    Divergence of a step along a direction of which the share ``signal`` is not noise: it falls with the number of updates
+    (Robbins & Monro, 1951, "A stochastic approximation method"), unless a quarter or more is signal.
+    """
+    return 0.0125 * min(1.0, max(4 * signal, 1 / (1 + n_updates / 40)))
 
 
 def length_of_divergence(
-    divergence_at: Callable[[float], float], target: float, first: float, tolerance: float = 1e-3, max_evaluations: int = 30
-) -> tuple[float, float]:
+    divergence_at: Callable[[float], float], target: float, first: float, tolerance: float = 1e-3
+) -> None:
     """
-    Find the length of a step with a given divergence, which is almost quadratic in short lengths.
+    Find the length of a step with a given divergence, which is almost quadratic in short lengths. It is evaluated last; after
+    30 evaluations, the longest step known to stay below the target is taken.
 
     :param divergence_at: divergence after a step of some length, infinite or NaN if it is not defined
     :param target: divergence to reach, above 0, up to a relative error of ``tolerance``
     :param first: first length to try, above 0. No step is longer than ten times this length
-    :param max_evaluations: number of evaluations until the longest step known to stay below the target is taken
-    :return: the length, which is evaluated last, and its divergence
     """
     low, high, length = 0.0, 10 * first, first
-    for n in range(max_evaluations):
+    for n in range(30):
         divergence = divergence_at(length)
         if abs(divergence - target) <= tolerance * target:
-            return length, divergence
+            return
         if divergence < target:
             low = length
         else:
@@ -125,32 +200,24 @@ def length_of_divergence(
         # Bisect at times: the divergence may be far from quadratic
         is_inside = low < factor * length < high and (n < 4 or n % 2 == 1)
         length = factor * length if is_inside else (low + high) / 2
-    return low, divergence_at(low)
+    divergence_at(low)
 
 
 def natural_step(
-    parameters: Sequence[th.Tensor],
-    product: Callable[[th.Tensor], th.Tensor],
-    divergence: Callable[[], float],
-    target_kl: float,
-    damping: float,
-    max_steps: int,
-) -> float:
+    parameters: Sequence[th.Tensor], direction: th.Tensor, product: Product, divergence: Callable[[], float], target_kl: float
+) -> None:
     """
-    Take a step of ``target_kl`` along the natural gradient, in place.
+    Take a step of ``target_kl`` against an (n,) direction, in place.
 
-    :param parameters: trained parameters, whose gradients are not all zero
-    :param product: products with the Fisher matrix, see :func:`natural_direction`, as ``damping`` and ``max_steps``
+    :param parameters: parameters with n entries in total
+    :param product: products with the Fisher matrix
     :param divergence: mean divergence of the current policy from the old one; a ValueError means that it is not defined
-    :return: divergence of the step, 0 if only a step of length 0 leaves it finite
     """
-    gradient = flatten(parameter.grad for parameter in parameters if parameter.grad is not None)
-    direction = natural_direction(-gradient, product, damping, max_steps)
+    direction, start = direction / direction.abs().max().clamp(min=1e-30), flatten(parameters).detach()
     squared_length = direction @ product(direction)
-    start = flatten(parameters).detach()
 
     def divergence_at(length: float) -> float:
-        assign(parameters, start + length * direction)
+        assign(parameters, start - length * direction)
         try:
             return divergence()
         except ValueError:
@@ -158,8 +225,4 @@ def natural_step(
 
     # To second order, the divergence is half the squared length in the metric of the Fisher matrix
     first = math.sqrt(2 * target_kl / max(squared_length.item(), 1e-12))
-    _, reached = length_of_divergence(divergence_at, target_kl, first)
-    # torch.compile turns off the checks of PyTorch's distributions
-    if not math.isfinite(reached):
-        raise ValueError("No step along the gradient leaves the policy finite: scale down rewards or observations")
-    return reached
+    length_of_divergence(divergence_at, target_kl, first)

@@ -7,7 +7,7 @@ map and the layer a :class:`~sb3_reinforce.baselines.LinearBaseline`.
 
 import functools
 import sys
-import warnings
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch as th
@@ -18,21 +18,26 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtr
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_reinforce.baselines import FEATURE_MAPS, ActionValues, LinearBaseline, NoBaseline
+from sb3_reinforce.baselines import BASELINES, ActionValues, BaselineFeatures, LinearBaseline
 from sb3_reinforce.episodes.acting import overrides
 from sb3_reinforce.episodes.normalization import CHUNK, ObservationNormalizer
 
 BaselineName = Literal["linear", "random_features"]
 
 
+def flatten(tensors: Iterable[th.Tensor]) -> th.Tensor:
+    """Concatenate tensors into one vector."""
+    return th.cat([tensor.flatten() for tensor in tensors])
+
+
 class BaselinePolicy(ActorCriticPolicy):
     """
-    Mixin that gives any ``ActorCriticPolicy`` a closed-form baseline, see :func:`with_baseline`.
-
-    If ``mlp_extractor`` is SB3's ``MlpExtractor``, its critic branch is replaced by the baseline's feature map; the critic
-    branch of any other extractor is the feature map. See ``REINFORCE`` for the parameters; ``action_values`` asks for a critic
-    of action values, too.
+    Mixin that gives any ``ActorCriticPolicy`` a closed-form baseline, see :func:`with_baseline`. The critic branch of
+    ``mlp_extractor`` makes the baseline's features; that of SB3's ``MlpExtractor`` is removed. See ``REINFORCE`` for the
+    parameters; ``action_values`` asks for a critic of action values, too.
     """
+
+    initial_norm: th.Tensor
 
     def __init__(
         self,
@@ -40,22 +45,19 @@ class BaselinePolicy(ActorCriticPolicy):
         baseline: BaselineName | None = "random_features",
         baseline_memory: float = 0.6,
         baseline_kwargs: dict[str, Any] | None = None,
+        gamma: float = 0.99,
         normalize_observations: bool = False,
         action_values: bool = False,
         **kwargs: Any,
     ):
         self.baseline, self.baseline_memory, self.baseline_kwargs = baseline, baseline_memory, baseline_kwargs or {}
-        self.normalize_observations, self.action_values = normalize_observations, action_values
+        self.gamma, self.normalize_observations, self.action_values = gamma, normalize_observations, action_values
         super().__init__(*args, **kwargs)
 
     def _build_mlp_extractor(self) -> None:
         super()._build_mlp_extractor()
-        feature_map, _ = FEATURE_MAPS[self.baseline or "linear"]
         if type(self.mlp_extractor) is MlpExtractor:
-            kwargs = {key: value for key, value in self.baseline_kwargs.items() if key != "ridge"}
-            critic: Any = nn.Identity() if feature_map is None else feature_map(self.features_dim, **kwargs)
-            self.mlp_extractor.value_net = critic
-            self.mlp_extractor.latent_dim_vf = self.features_dim if feature_map is None else critic.out_features
+            self.mlp_extractor.value_net, self.mlp_extractor.latent_dim_vf = nn.Sequential(), self.features_dim
 
     def _build(self, lr_schedule: Schedule) -> None:
         normalizer = ObservationNormalizer(self.observation_space) if self.normalize_observations else None
@@ -63,6 +65,8 @@ class BaselinePolicy(ActorCriticPolicy):
         self.observation_normalizer = normalizer if normalizer is not None and normalizer.keys else None
         super()._build(lr_schedule)
         self._init_actor()
+        if self.observation_normalizer is not None:
+            self.register_buffer("initial_norm", flatten(self.action_net.parameters()).detach().norm())
         # Last, so that their random projections do not change the initial actor
         self._build_critics()
         # The baseline replaces a layer whose parameters the optimizer has, too
@@ -70,20 +74,34 @@ class BaselinePolicy(ActorCriticPolicy):
         for group in self.optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) in own]
 
-    def _init_actor(self) -> None:
-        """Initialize the weights of the actor, unless SB3 does."""
+    def _init_actor(self) -> None: ...
+
+    def trained_parameters(self) -> list[th.Tensor]:
+        """Parameters of the optimizer that are not frozen."""
+        groups = self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+
+    def update_statistics(self, observations: Any) -> None:
+        """
+        Update the statistics of observations, if they are normalized. An actor that was trained before, for example on
+        demonstrations, keeps a mean of 0 and a variance of 1.
+        """
+        if (normalizer := self.observation_normalizer) is not None:
+            is_initial = th.isclose(flatten(self.action_net.parameters()).norm(), self.initial_norm)
+            if normalizer.count_0 > 0 or is_initial:
+                normalizer.update(observations)
 
     def _build_critics(self) -> None:
         #: None if there is no critic of action values
         self.action_value_net: ActionValues | None = None
-        if self.baseline is None:
-            self.value_net = NoBaseline()  # type: ignore[assignment]
-            return
         # Many learned features are constant, so the fit needs a ridge
         is_learned = any(True for _ in self.vf_features_extractor.parameters())
-        _, ridge = FEATURE_MAPS["random_features" if is_learned else self.baseline]
-        kwargs = dict(ridge=self.baseline_kwargs.get("ridge", ridge), memory=self.baseline_memory, truncate=is_learned)
-        self.value_net = LinearBaseline(self.mlp_extractor.latent_dim_vf, **kwargs)  # type: ignore[assignment]
+        n_units, time, ridge = BASELINES[self.baseline or "linear"]  # Without a baseline, a linear one stays 0
+        given = dict(n_units=n_units, time=time, ridge=BASELINES["random_features"][2] if is_learned else ridge)
+        given |= self.baseline_kwargs
+        kwargs: Any = dict(ridge=given.pop("ridge"), memory=self.baseline_memory, truncate=is_learned)
+        features = BaselineFeatures(self.mlp_extractor.latent_dim_vf, gamma=self.gamma, **given)  # type: ignore[arg-type]
+        self.value_net = LinearBaseline(features, **kwargs)  # type: ignore[assignment]
         if self.action_values:
             self.action_value_net = ActionValues(self.value_net.n_features, self.action_space, self.squash_output, **kwargs)  # type: ignore[arg-type]
 
@@ -97,8 +115,10 @@ class BaselinePolicy(ActorCriticPolicy):
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         return super().get_distribution(self._normalize(obs))
 
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
-        return super().predict_values(self._normalize(obs))
+    def predict_values(self, obs: PyTorchObs, n_steps: th.Tensor | None = None) -> th.Tensor:
+        """Estimate values, see SB3: at the start of an episode, or after (batch,) ``n_steps`` of it."""
+        features = BasePolicy.extract_features(self, self._normalize(obs), self.vf_features_extractor)
+        return self.value_net(self.mlp_extractor.forward_critic(features), n_steps)
 
     def evaluate_observations(self, obs: PyTorchObs) -> tuple[Distribution, th.Tensor]:
         """
@@ -112,9 +132,9 @@ class BaselinePolicy(ActorCriticPolicy):
             return self.get_distribution(obs), vf_features
         return self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(pi_features)), vf_features
 
-    def baseline_features(self, vf_features: th.Tensor) -> th.Tensor:
-        """Compute the (n, n_features) features of the baseline from the critic's extracted features."""
-        return self.value_net.project(self.mlp_extractor.forward_critic(vf_features))  # type: ignore[operator]
+    def baseline_features(self, vf_features: th.Tensor, n_steps: th.Tensor) -> th.Tensor:
+        """Compute the (n, n_features) features of the baseline after (n,) ``n_steps`` of an episode."""
+        return self.value_net.project(self.mlp_extractor.forward_critic(vf_features), n_steps)  # type: ignore[operator]
 
     def chunk_size(self) -> int:
         """Number of observations per forward pass, which bounds its memory. Batch normalization needs the whole batch."""
@@ -126,8 +146,8 @@ class BaselinePolicy(ActorCriticPolicy):
         return max(1, CHUNK // max(n_copies * spaces.flatdim(self.observation_space), *widths))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = ("baseline", "baseline_memory", "baseline_kwargs", "normalize_observations", "action_values")
-        names = (*own, "share_features_extractor")
+        names = ["baseline", "baseline_memory", "baseline_kwargs", "gamma", "normalize_observations", "action_values"]
+        names.append("share_features_extractor")
         return super()._get_constructor_parameters() | {name: getattr(self, name) for name in names}
 
 
@@ -135,48 +155,19 @@ class MlpPolicy(BaselinePolicy):
     """
     Policy for vector observations. Continuous actions have a Gaussian with a state-independent standard deviation.
 
-    Parameters that are not listed are those of SB3's ``ActorCriticPolicy``.
+    Parameters that are not listed are those of SB3's ``ActorCriticPolicy``. A ``vf`` entry of ``net_arch`` is ignored: the
+    baseline has no hidden layers.
 
-    :param net_arch: Hidden layers of the actor. Default: ``[64, 64]``, or none behind a CNN. A ``vf`` entry is ignored
-        with a warning, because the baseline has no hidden layers
-    :param activation_fn: Activation function of the actor
     :param ortho_init: Whether to use orthogonal initialization. False for Glorot-uniform weights and zero biases in the actor
     :param log_std_init: Initial value for the log standard deviation
-    :param optimizer_kwargs: Additional keyword arguments of the optimizer. Adam keeps PyTorch's ``eps=1e-8`` (SB3 sets 1e-5)
     :param normalize_observations: See ``REINFORCE``
-    :param kwargs: Other keyword arguments, see :class:`BaselinePolicy` and SB3
     """
 
     default_features_extractor: type[nn.Module] = FlattenExtractor
 
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
-        lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.Tanh,
-        ortho_init: bool = True,
-        log_std_init: float = 0.5,
-        optimizer_kwargs: dict[str, Any] | None = None,
-        normalize_observations: bool = True,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, log_std_init: float = 0.5, normalize_observations: bool = True, **kwargs: Any):
         kwargs.setdefault("features_extractor_class", self.default_features_extractor)
-        if net_arch is None:
-            net_arch = [] if kwargs["features_extractor_class"] == NatureCNN else [64, 64]
-        if isinstance(net_arch, list) and net_arch and isinstance(net_arch[0], dict):
-            warnings.warn(
-                "As shared layers in the mlp_extractor are removed, pass net_arch=dict(...), not a list", stacklevel=2
-            )
-            net_arch = net_arch[0]
-        if isinstance(net_arch, dict):
-            if net_arch.get("vf"):
-                warnings.warn(f"net_arch={net_arch}: 'vf' is ignored, the baseline has no hidden layers", stacklevel=2)
-            net_arch = net_arch.get("pi", [])
-        kwargs |= dict(net_arch=dict(pi=net_arch, vf=[]), activation_fn=activation_fn, ortho_init=ortho_init)
-        kwargs |= dict(log_std_init=log_std_init, optimizer_kwargs=optimizer_kwargs or {})
-        super().__init__(observation_space, action_space, lr_schedule, normalize_observations=normalize_observations, **kwargs)
+        super().__init__(*args, log_std_init=log_std_init, normalize_observations=normalize_observations, **kwargs)
 
     def _init_actor(self) -> None:
         if self.ortho_init:

@@ -1,10 +1,11 @@
 """The REINFORCE algorithm."""
 
 import math
+import sys
 from collections import defaultdict
 from concurrent.futures import Executor
 from copy import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch as th
@@ -22,11 +23,18 @@ from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.episodes.checks import check_scheduled
 from sb3_reinforce.episodes.schedule import torch_seeded_from, update_rng
 from sb3_reinforce.episodes.vec_env import EnvSource
-from sb3_reinforce.natural_gradient import InverseTimeDecay, fisher_vector_product, flatten, natural_step, self_divergence
-from sb3_reinforce.policies import BaselineName, BaselinePolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, with_baseline
+from sb3_reinforce.natural_gradient import (
+    DAMPINGS,
+    divergence_of_signal,
+    fisher_vector_product,
+    initial_scores,
+    natural_direction,
+    natural_step,
+)
+from sb3_reinforce.policies import BaselineName, BaselinePolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, flatten, with_baseline
 
-#: Maximum number of states used to estimate the Fisher matrix
-_FISHER_STATES = 256
+#: Maximum number of parameters for which a batch is halved, because a Krylov space takes memory
+_MAX_PARAMETERS = 20_000_000
 #: Action distributions and the critic's extracted features in the states of a batch, by chunk
 Evaluations = list[tuple[Distribution, th.Tensor]]
 
@@ -37,7 +45,7 @@ class REINFORCE(EpisodicAlgorithm):
 
     Each iteration collects whole episodes with the current policy, computes discounted returns, subtracts the baseline (fitted
     to earlier batches), normalizes the result, and takes one step on ``-mean(log pi(a|s) * advantage)``. Then the baseline is
-    fitted to the batch. The step follows the damped natural gradient, and ``target_kl`` sets its length; with
+    fitted to the batch. The step follows the natural gradient; the batches choose how natural it is, and how long. With
     ``target_kl=None``, it is a step of the optimizer at ``learning_rate``.
 
     Paper: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4. Natural
@@ -46,41 +54,37 @@ class REINFORCE(EpisodicAlgorithm):
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy), or a subclass of ``ActorCriticPolicy``
     :param env: The environment to learn from: an id, a function that makes it, an environment, or a ``VecEnv``. All run in an
         :class:`~sb3_reinforce.EpisodeVecEnv`, except a ``VecEnv`` that is not a plain ``DummyVecEnv``
-    :param learning_rate: The learning rate of the optimizer, at least 0, or a function of the current progress remaining (from
-        1 to 0). Only used with ``target_kl=None``
-    :param n_steps: Minimum number of steps to run for each environment per update, at least 1, instead of ``n_episodes``, for
-        episodes that are very long or of one length. All episodes that are started are finished
+    :param learning_rate: The learning rate of the optimizer with ``target_kl=None``, at least 0, or a schedule
+    :param n_steps: Minimum number of steps to run for each environment per update, at least 1, or None. Episodes are finished
     :param gamma: Discount factor, in (0, 1]. Lower values reduce the variance of returns, and ignore distant rewards
     :param ent_coef: Entropy coefficient for the loss calculation, at least 0. Raise it if exploration ends too early
     :param target_kl: Kullback-Leibler divergence of the new policy from the old one, in nats per transition, summed over
-        action dimensions: a number above 0, a function of the current progress remaining, an
-        :class:`~sb3_reinforce.InverseTimeDecay` of the number of updates (default: 0.0125, halved after 50), or None for the
-        optimizer's step. Larger values learn faster and less reliably; with a constant, the policy never settles
-    :param cg_max_steps: Maximum number of steps of the conjugate gradient algorithm, at least 1
-    :param cg_damping: Damping in the Hessian vector product computation, above 0. Small values give the natural gradient,
-        large values the plain one
+        action dimensions: a number above 0, a function of the current progress remaining, "auto" for 0.0125, which falls
+        unless the gradient has a signal, or None for the optimizer's step. With a constant, the policy never settles
+    :param cg_max_steps: Maximum number of products with the Fisher matrix per gradient, at least 1, as in conjugate gradients
+    :param cg_damping: Damping of the Fisher matrix: a number above 0 (small values give the natural gradient, large values the
+        plain one), or "auto" for the one of ``DAMPINGS`` whose steps the other half of a batch has confirmed best
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps of an episode when using gSDE. -1: only at its beginning
     :param rollout_buffer_class: Rollout buffer class to use, a subclass of :class:`~sb3_reinforce.EpisodeRolloutBuffer`
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation
     :param normalize_advantage: Whether to normalize the advantages of each batch
-    :param n_episodes: Minimum number of episodes per update, over all environments, at least 1 (default: 5 unless ``n_steps``
-        is given). Fewer episodes give more but noisier updates
+    :param n_episodes: Minimum number of episodes per update, over all environments, at least 1, or None
     :param max_episode_steps: Number of steps of a ``TimeLimit`` around the environment, at least 1, or None. A low limit gives
         more episodes per step if a policy wastes time. Not for a ``VecEnv``
     :param advantage: Advantage function: "monte_carlo" is REINFORCE; "q", "advantage" and "td" are actor-critics, for
         comparison. See :mod:`sb3_reinforce.returns` for formulas and sources
-    :param baseline: Features of the state-value baseline: "linear" (observations), "random_features" (and fixed random tanh
-        units of them), or None for no baseline. Features that explain more of the returns reduce the variance of the gradient
+    :param baseline: Features of the state-value baseline: "linear" (observations), "random_features" (observations, time since
+        the start of the episode, and fixed random tanh units of these), or None for no baseline
     :param baseline_memory: Weight of earlier batches in the fit of the baseline, relative to the next batch, in [0, 1). Lower
         values follow the policy faster, higher values fit more episodes
     :param baseline_kwargs: "ridge", at least 0 (default: 0 for "linear", 0.2 for "random_features" and learned features; raise
-        it if the baseline fits noise), and "n_units" of "random_features" (default: 128)
+        it if the baseline fits noise), "n_units", the number of random units (default: 128), and "time"
     :param bootstrap_timeouts: Whether to add the baseline's value of the last observation to the reward at a time limit, as in
-        SB3 (Pardo et al., 2018, https://arxiv.org/abs/1712.00378). Disable it if the time limit is part of the task, and
-        with ``gamma=1``, because the baseline then fits its own errors
+        SB3 (Pardo et al., 2018, https://arxiv.org/abs/1712.00378). By default, an episode is an episode: enable it if what
+        follows the limit counts
     :param normalize_observations: Whether the policy normalizes vector observations with running statistics, which are updated
-        once per batch and saved with it. None: only with the policies of this package and their subclasses
+        with each batch and saved with it. None: only with the policies of this package and their subclasses
     :param stats_window_size: Number of episodes to average the reported success rate, episode length, and reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation
@@ -102,30 +106,31 @@ class REINFORCE(EpisodicAlgorithm):
     }
     policy: BaselinePolicy
     _fixed_arguments = ("advantage", "baseline", "baseline_memory", "baseline_kwargs", "normalize_observations")
+    _update_state = ("damping_scores",)
 
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
         env: EnvSource | None,
         learning_rate: float | Schedule = 1e-3,
-        n_steps: int | None = None,
+        n_steps: int | None = 1000,
         gamma: float = 0.99,
         ent_coef: float = 0.0,
-        target_kl: float | Schedule | InverseTimeDecay | None = InverseTimeDecay(0.0125, halving=50),
-        cg_max_steps: int = 5,
-        cg_damping: float = 10.0,
+        target_kl: float | Schedule | Literal["auto"] | None = "auto",
+        cg_max_steps: int = 10,
+        cg_damping: float | Literal["auto"] = "auto",
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         rollout_buffer_class: type[EpisodeRolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         normalize_advantage: bool = True,
-        n_episodes: int | None = None,
+        n_episodes: int | None = 5,
         max_episode_steps: int | None = None,
         advantage: returns.AdvantageName = "monte_carlo",
         baseline: BaselineName | None = "random_features",
         baseline_memory: float = 0.6,
         baseline_kwargs: dict[str, Any] | None = None,
-        bootstrap_timeouts: bool = True,
+        bootstrap_timeouts: bool = False,
         normalize_observations: bool | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -142,6 +147,8 @@ class REINFORCE(EpisodicAlgorithm):
         kwargs |= dict(verbose=verbose, seed=seed, device=device, workers=workers, bootstrap_timeouts=bootstrap_timeouts)
         super().__init__(policy, env, learning_rate, n_steps, n_episodes, max_episode_steps, **kwargs)
         self.target_kl = target_kl
+        #: Running means of :func:`~sb3_reinforce.natural_gradient.cross_validate`
+        self.damping_scores = initial_scores(len(DAMPINGS))
         self.cg_max_steps = cg_max_steps
         self.cg_damping = cg_damping
         self.normalize_advantage = normalize_advantage
@@ -156,8 +163,6 @@ class REINFORCE(EpisodicAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        if self.n_steps is None and self.n_episodes is None:
-            self.n_episodes = 5
         check_hyperparameters(self)
         super()._setup_model()
 
@@ -170,6 +175,7 @@ class REINFORCE(EpisodicAlgorithm):
             baseline=self.baseline,
             baseline_memory=self.baseline_memory,
             baseline_kwargs=self.baseline_kwargs,
+            gamma=self.gamma,
             normalize_observations=self.normalize_observations,
             action_values=self.advantage in ("q", "advantage"),
             **self.policy_kwargs,
@@ -179,11 +185,11 @@ class REINFORCE(EpisodicAlgorithm):
         buffer, policy = self.rollout_buffer, self.policy
         buffer.returns = returns.discounted_returns(buffer.rewards, buffer.episode_starts, self.gamma)
         # The critics are fitted to earlier batches
-        if policy.action_value_net is not None or np.isnan(buffer.values).any():
-            features, actions = self._critic_inputs(self._evaluate_batch())
-            buffer.values = policy.value_net.predict(features).cpu().numpy().flatten()  # type: ignore[operator]
-            if policy.action_value_net is not None:
-                buffer.action_values = policy.action_value_net.predict(features, actions).cpu().numpy().flatten()
+        buffer.evaluations = self._evaluate_batch()
+        features, actions = self._critic_inputs(buffer.evaluations)
+        buffer.values = policy.value_net.predict(features).cpu().numpy().flatten()  # type: ignore[operator]
+        if policy.action_value_net is not None:
+            buffer.action_values = policy.action_value_net.predict(features, actions).cpu().numpy().flatten()
         if self.advantage == "monte_carlo":
             buffer.advantages = returns.monte_carlo_advantages(buffer.returns, buffer.values)
         elif self.advantage == "q":
@@ -205,19 +211,23 @@ class REINFORCE(EpisodicAlgorithm):
             buffer.advantages = returns.batch_normalize(buffer.advantages)
 
         with self._all_or_nothing():
-            self._compute_gradient()
-            old = self._evaluate_batch()
-            new = self._optimizer_step(old) if self.target_kl is None else self._natural_step(old)
-            if (divergence := self._divergence(old, new)) is not None:
+            old = buffer.evaluations
+            policy.update_statistics(buffer.observations)
+            normalized = old if policy.observation_normalizer is None else self._evaluate_batch()
+            try:
+                gradients = self._compute_gradient()
+                new = self._optimizer_step() if self.target_kl is None else self._natural_step(normalized, gradients)
+                if (divergence := self._divergence(old, new)) is not None and not math.isfinite(divergence):
+                    raise ValueError("The divergence of the new policy from the old one is infinite: take shorter steps")
+            except ValueError as error:
+                raise ValueError(f"Update {self._n_updates + 1} was undone. {error}") from error
+            if divergence is not None:
                 self.logger.record("train/kl_divergence_loss", divergence)
             if hasattr(policy, "log_std"):
                 self.logger.record("train/std", th.exp(policy.log_std).mean().item())
-
-            if policy.observation_normalizer is not None:
-                policy.observation_normalizer.update(buffer.observations)
-                new = self._evaluate_batch()
             features, actions = self._critic_inputs(new)
-            policy.value_net.fit(features.cpu().numpy(), buffer.returns)  # type: ignore[operator]
+            if self.baseline is not None:
+                policy.value_net.fit(features.cpu().numpy(), buffer.returns)  # type: ignore[operator]
             if policy.action_value_net is not None:
                 policy.action_value_net.fit(features, actions, buffer.returns)
 
@@ -229,78 +239,90 @@ class REINFORCE(EpisodicAlgorithm):
                 self.logger.record(f"train/{kind}explained_variance", explained_variance(values, buffer.returns))
                 self.logger.record(f"train/{kind}value_loss", float(np.mean((buffer.returns - values) ** 2)))
 
+    def _parts(self) -> list[np.ndarray | None]:
+        """Rows of every other episode and of the rest, if the batch sets damping or length, else None for all rows."""
+        numbers = np.cumsum(self.rollout_buffer.episode_starts)
+        is_large = sum(parameter.numel() for parameter in self.policy.trained_parameters()) > _MAX_PARAMETERS
+        is_given = self.target_kl is None or "auto" not in (self.target_kl, self.cg_damping)
+        # Batch normalization needs the whole batch
+        if is_given or is_large or numbers[-1] == 1 or self.policy.chunk_size() == sys.maxsize:
+            return [None]
+        return [np.flatnonzero(numbers % 2 == 1), np.flatnonzero(numbers % 2 == 0)]
+
     @th.enable_grad()
-    def _compute_gradient(self) -> None:
-        """Compute the gradient of the loss over the whole batch, in train mode (this affects batch norm / dropout)."""
+    def _compute_gradient(self) -> list[th.Tensor]:
+        """
+        Compute the gradients of the loss of each part of the batch, which add up to that of the batch, in train mode (this
+        affects batch norm / dropout).
+        """
         policy, buffer, is_discrete = self.policy, self.rollout_buffer, isinstance(self.action_space, spaces.Discrete)
         losses: dict[str, float] = defaultdict(float)
+        gradients = []
         policy.set_training_mode(True)
-        policy.zero_grad()
         with torch_seeded_from(update_rng(self.run_seed, self._n_updates), self.device):
-            for batch in buffer.get(policy.chunk_size()):
-                actions = batch.actions.long().flatten() if is_discrete else batch.actions
-                if overrides(policy, "evaluate_actions"):
-                    _, log_prob, entropy = policy.evaluate_actions(batch.observations, actions)
-                else:
-                    distribution, _ = policy.evaluate_observations(batch.observations)
-                    log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
-                policy_gradient_loss = returns.policy_gradient_loss(log_prob, batch.advantages)
-                entropy_loss = returns.entropy_loss(log_prob, entropy)
-                loss = policy_gradient_loss + self.ent_coef * entropy_loss
-                (loss * len(actions) / buffer.size()).backward()
-                losses["policy_gradient_loss"] += policy_gradient_loss.item() * len(actions) / buffer.size()
-                losses["entropy_loss"] += entropy_loss.item() * len(actions) / buffer.size()
+            for rows in self._parts():
+                policy.zero_grad()
+                for batch in buffer.get(policy.chunk_size(), rows):
+                    actions = batch.actions.long().flatten() if is_discrete else batch.actions
+                    if overrides(policy, "evaluate_actions"):
+                        _, log_prob, entropy = policy.evaluate_actions(batch.observations, actions)
+                    else:
+                        distribution, _ = policy.evaluate_observations(batch.observations)
+                        log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
+                    policy_gradient_loss = returns.policy_gradient_loss(log_prob, batch.advantages)
+                    entropy_loss = returns.entropy_loss(log_prob, entropy)
+                    loss = policy_gradient_loss + self.ent_coef * entropy_loss
+                    (loss * len(actions) / buffer.size()).backward()
+                    losses["policy_gradient_loss"] += policy_gradient_loss.item() * len(actions) / buffer.size()
+                    losses["entropy_loss"] += entropy_loss.item() * len(actions) / buffer.size()
+                parameters = self.policy.trained_parameters()
+                gradients.append(flatten(th.zeros_like(p) if p.grad is None else p.grad for p in parameters))
         policy.set_training_mode(False)
-        losses["grad_norm"] = flatten(p.grad for p in policy.parameters() if p.grad is not None).norm().item()
+        losses["grad_norm"] = sum(gradients).norm().item()  # type: ignore[union-attr]
         if not math.isfinite(losses["grad_norm"]):
-            raise ValueError(
-                f"The gradient of update {self._n_updates + 1} is not finite, and the step was not taken. Scale down rewards, "
-                "observations or coefficients"
-            )
+            raise ValueError("The gradient is not finite: scale down rewards, observations or coefficients")
         for name, value in losses.items():
             self.logger.record(f"train/{name}", value)
+        return gradients
 
-    def _optimizer_step(self, old: Evaluations) -> Evaluations:
+    def _optimizer_step(self) -> Evaluations:
         """Take a step of the optimizer. Return the evaluations of the new policy."""
         check_scheduled("learning_rate", self.lr_schedule(self._current_progress_remaining), self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
         self.policy.optimizer.step()
-        try:
-            new = self._evaluate_batch()
-            divergence = self._divergence(old, new)
-            if divergence is not None and not math.isfinite(divergence):
-                raise ValueError("The divergence of the new policy from the old one is infinite")
-        except ValueError as error:
-            raise ValueError(f"Update {self._n_updates + 1} was undone: lower the learning rate. {error}") from error
-        return new
+        return self._evaluate_batch()
 
-    def _natural_step(self, old: Evaluations) -> Evaluations:
-        """Take a step of ``target_kl`` along the natural gradient. Return the evaluations of the new policy."""
-        schedule: Any = self.target_kl
-        time = self._n_updates if isinstance(schedule, InverseTimeDecay) else self._current_progress_remaining
-        target_kl = float(schedule(time) if callable(schedule) else schedule)
-        check_scheduled("target_kl", target_kl, self._current_progress_remaining)
-        trained = (parameter for group in self.policy.optimizer.param_groups for parameter in group["params"])
-        parameters = [parameter for parameter in trained if parameter.grad is not None]
-        if target_kl == 0 or not any(parameter.grad.any() for parameter in parameters):
-            return old
-        states = self.rollout_buffer.evenly_spaced(min(_FISHER_STATES, self.policy.chunk_size())).observations
-        new: Evaluations = []
+    def _natural_step(self, old: Evaluations, gradients: list[th.Tensor]) -> Evaluations:
+        """Take a step along the natural gradient. Return the evaluations of the new policy."""
+        target_kl: Any = self.target_kl
+        target_kl = target_kl(self._current_progress_remaining) if callable(target_kl) else target_kl
+        parameters, new = self.policy.trained_parameters(), Evaluations()
+        if target_kl == 0 or not any(gradient.any() for gradient in gradients):
+            return self._evaluate_batch()
+        # The whole batch, unless networks or observations are large
+        rows = np.arange(0, self.rollout_buffer.size(), math.ceil(self.rollout_buffer.size() / self.policy.chunk_size()))
+        states = next(self.rollout_buffer.get(None, rows)).observations
+        dampings = DAMPINGS if self.cg_damping == "auto" else np.array([self.cg_damping])
+        fits = self.damping_scores.shape[1] == len(dampings)
+        scores = self.damping_scores if fits else initial_scores(len(dampings))
 
         def divergence() -> Any:
             new[:] = self._evaluate_batch()
             return self._divergence(old, new)
 
         try:
-            product = fisher_vector_product(self_divergence(self.policy, states), parameters)
-            natural_step(parameters, product, divergence, target_kl, self.cg_damping, self.cg_max_steps)
+            product = fisher_vector_product(self.policy, states, parameters)
         except NotImplementedError as error:
-            raise ValueError(
-                f"The divergence of a {type(old[0][0]).__name__} has no closed form: set target_kl=None"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"Update {self._n_updates + 1} was undone. {error}") from error
-        return new
+            raise ValueError(f"A {type(old[0][0]).__name__} has no closed-form divergence: set target_kl=None") from error
+        direction, chosen, scores = natural_direction(product, gradients, dampings, scores, self.cg_max_steps)
+        self.damping_scores, signal = scores, float(scores[0, chosen] / scores[1, chosen])
+        if len(gradients) > 1:
+            self.logger.record("train/cg_damping", float(dampings[chosen]))
+            self.logger.record("train/gradient_signal", signal)
+        target_kl = divergence_of_signal(signal, self._n_iterations) if target_kl == "auto" else float(target_kl)
+        check_scheduled("target_kl", target_kl, self._current_progress_remaining)
+        natural_step(parameters, direction, product, divergence, target_kl)
+        return new or self._evaluate_batch()
 
     @th.no_grad()
     def _evaluate_batch(self) -> Evaluations:
@@ -320,5 +342,6 @@ class REINFORCE(EpisodicAlgorithm):
     @th.no_grad()
     def _critic_inputs(self, evaluations: Evaluations) -> tuple[th.Tensor, th.Tensor]:
         """(n_transitions, n_features) features of the baseline, and (n_transitions, action_dim) actions of the batch."""
-        features = th.cat([self.policy.baseline_features(vf_features) for _, vf_features in evaluations])
+        n_steps = th.as_tensor(returns.steps_since_episode_start(self.rollout_buffer.episode_starts), device=self.device)
+        features = self.policy.baseline_features(th.cat([vf_features for _, vf_features in evaluations]), n_steps)
         return features, th.as_tensor(self.rollout_buffer.actions, device=self.device)

@@ -17,18 +17,10 @@ from stable_baselines3.common.distributions import kl_divergence as sb3_kl_diver
 AdvantageName = Literal["monte_carlo", "q", "advantage", "td"]
 
 
-def steps_to_episode_end(episode_starts: np.ndarray) -> np.ndarray:
-    """
-    Count the transitions that follow each transition in its episode.
-
-    :raises ValueError: if the batch is empty, or does not begin with an episode
-    """
-    episode_starts = np.asarray(episode_starts, dtype=bool)
-    if episode_starts.size == 0 or not episode_starts[0]:
-        raise ValueError(f"A batch must begin with the first transition of an episode, got episode_starts={episode_starts}")
-    starts = np.flatnonzero(episode_starts)
-    ends = np.append(starts[1:], episode_starts.size)
-    return np.repeat(ends, ends - starts) - 1 - np.arange(episode_starts.size)
+def steps_since_episode_start(episode_starts: np.ndarray) -> np.ndarray:
+    """Count the transitions that precede each transition in its episode."""
+    positions = np.arange(len(episode_starts))
+    return positions - np.maximum.accumulate(np.where(episode_starts, positions, 0))
 
 
 def discounted_returns(rewards: np.ndarray, episode_starts: np.ndarray, gamma: float) -> np.ndarray:
@@ -36,20 +28,17 @@ def discounted_returns(rewards: np.ndarray, episode_starts: np.ndarray, gamma: f
     Monte-Carlo reward-to-go, ``G_t = sum_l gamma^l r_(t+l)`` to the end of the episode (Williams, 1992; Sutton & Barto, 2018,
     section 13.3).
 
-    Recursive doubling: if each entry holds the discounted sum of its next n rewards, adding ``gamma^n`` times the entry n
-    steps ahead doubles n (Hillis & Steele, 1986, "Data parallel algorithms").
-
     :param rewards: rewards, in any unit
     :param episode_starts: True at the first transition of each episode
     :param gamma: discount factor, in (0, 1]
     :return: (n_transitions,) float64, in the unit of the rewards
     """
-    remaining = steps_to_episode_end(episode_starts)
     returns = np.array(rewards, dtype=np.float64)
-    span, discount, longest = 1, gamma, remaining.max()
-    while span <= longest:
-        returns[:-span] += np.where(remaining[:-span] >= span, discount * returns[span:], 0.0)
-        span, discount = 2 * span, discount * discount
+    is_last = np.append(episode_starts[1:], True)
+    following = 0.0
+    for step in range(len(returns) - 1, -1, -1):
+        following = returns[step] + (0.0 if is_last[step] else gamma * following)
+        returns[step] = following
     return returns
 
 

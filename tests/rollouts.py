@@ -14,8 +14,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecMonitor, 
 from sb3_reinforce import REINFORCE, EpisodeVecEnv
 from tests.envs import ScriptedEnv
 
-#: Arguments of a model that is created quickly
-SMALL: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[]), baseline=None)
+#: Arguments of a model that is created quickly, for batches of n_steps
+SMALL: dict[str, Any] = dict(n_episodes=None, policy_kwargs=dict(net_arch=[]), baseline=None)
 #: More steps than any test takes
 LONG = 10**9
 
@@ -33,9 +33,10 @@ USES: dict[str, Callable[[REINFORCE, VecEnv], Any]] = {
     "reset": lambda model, env: env.reset(),
 }
 
-#: Strategies of hypothesis: lengths of the episodes of each sub-environment, and the size of a batch
+#: Strategies of hypothesis: lengths of the episodes of each sub-environment, and the minimums of a batch
 lengths = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=8)
-targets = st.builds(lambda name, n: {name: n}, st.sampled_from(["n_steps", "n_episodes"]), st.integers(1, 12))
+sizes = st.one_of(st.none(), st.integers(1, 12))
+targets = st.fixed_dictionaries(dict(n_steps=sizes, n_episodes=sizes)).filter(lambda target: set(target.values()) != {None})
 
 
 class Reference:
@@ -63,9 +64,9 @@ class Reference:
                 self.at[env] = (episode + 1, 0) if dones[env] else (episode, step + 1)
         return dones
 
-    def rollout(self, at_start: list[bool], n_steps: int = 0, n_episodes: int = 0) -> tuple[list, list, list[bool]]:
+    def rollout(self, at_start: list[bool], n_steps: int | None, n_episodes: int | None) -> tuple[list, list, list[bool]]:
         """Return (sub-environment, episode, number) of each episode, active ones by step, and the dones of the last step."""
-        active, collected = [False] * len(self.at), 0
+        active, collected, n_steps, n_episodes = [False] * len(self.at), 0, n_steps or 0, n_episodes or 0
         episodes: list[tuple[int, int, int]] = []
         activity: list[list[bool]] = []
         dones = at_start

@@ -174,17 +174,6 @@ def test_samples_of_the_user_are_drawn_from_pytorch_seeded_by_the_episode(make: 
     assert not np.array_equal(*runs[0])
 
 
-@pytest.mark.parametrize("share_features_extractor", [True, False])
-def test_values_are_predicted_if_the_features_are_shared_and_learned(share_features_extractor: bool):
-    policy = make_policy(ACTIONS["box"], CnnPolicy, IMAGE, share_features_extractor=share_features_extractor)
-    policy.value_net.weight.normal_()
-    act, obs = Actor(policy, make_noise(3)), np.stack([IMAGE.sample() for _ in range(3)])
-    act(obs)
-    with th.no_grad():
-        values = policy.predict_values(th.as_tensor(obs)).numpy().ravel()
-    np.testing.assert_allclose(act.values, values if share_features_extractor else np.full(3, np.nan), rtol=1e-4)
-
-
 # Noise -----------------------------------------------------------------------------------------------------------------------
 
 

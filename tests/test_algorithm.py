@@ -26,7 +26,7 @@ from tests.executors import FakeExecutor
 from tests.runs.common import scalars
 
 #: A model that learns from at least 20 steps in little time
-SMALL: dict[str, Any] = dict(n_steps=20, seed=0, policy_kwargs=dict(net_arch=[4]))
+SMALL: dict[str, Any] = dict(n_steps=20, n_episodes=None, seed=0, policy_kwargs=dict(net_arch=[4]))
 COUNTERS = ("num_timesteps", "_n_updates", "_next_episode", "_n_iterations")
 
 
@@ -104,7 +104,7 @@ def test_excluded_arguments_have_their_defaults_in_a_loaded_model(tmp_path: Path
     model.note = "kept"
     model.save(tmp_path / "model", exclude=["_stats_window_size", "note", "n_steps"], include=["note"])
     loaded: Any = REINFORCE.load(tmp_path / "model", RandomLengthEnv(9))
-    assert (loaded._stats_window_size, loaded.n_steps, loaded.n_episodes, loaded.note) == (100, None, 5, "kept")
+    assert (loaded._stats_window_size, loaded.n_steps, loaded.n_episodes, loaded.note) == (100, 1000, None, "kept")
 
 
 # Environments

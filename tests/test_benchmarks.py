@@ -28,8 +28,12 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         README=("headline", "peers"), PAGE=("learning", "commands", "mujoco", "beside"), ADVANTAGES=("advantages",), WHERE=()
     )
     pages["WHERE"] = tuple(f"where-{task}" for task in where.TASKS)
+    groups = [group._replace(page=tmp_path / group.page.name) for group in figures.GROUPS]
+    monkeypatch.setattr(figures, "GROUPS", groups)
+    pages |= {group.page.name: (group.block,) for group in groups}
+    del pages["ADVANTAGES"]
     for name, blocks in pages.items():
-        monkeypatch.setattr(where_figures if name == "WHERE" else figures, name, tmp_path / name)
+        monkeypatch.setattr(where_figures if name == "WHERE" else figures, name, tmp_path / name, raising=False)
         (tmp_path / name).write_text("\n".join(f"<!-- {block} --><!-- /{block} -->" for block in blocks))
     return tmp_path
 
@@ -64,12 +68,13 @@ def test_algorithms_take_turns_and_runs_can_be_divided(results: Path, monkeypatc
         patch.setattr(learning, "run", lambda algo, name, env_id, seed, _: turns.append((name, seed)))
         learn(monkeypatch, *small, "--seeds", "0-1", "--algo", "defaults", "a2c", "--name", "race")
     assert turns == [("race-defaults", 0), ("race-a2c", 0), ("race-defaults", 1), ("race-a2c", 1)]
-    for name, options in (("whole", []), ("pieces", ["--pieces", "100"]), ("short", ["--until", "5"])):
+    for name, options in (("whole", []), ("pieces", ["--pieces", "1"]), ("short", ["--until", "5"])):
+        options = [*options, "--set", "n_steps:50", "n_episodes:1"]
         learn(monkeypatch, *small, "--seeds", "1", "--algo", "defaults", "--name", name, *options)
     whole, pieces, short = (
         json.loads((results / f"learning/CartPole-v1/{name}/seed_1.json").read_text()) for name in ("whole", "pieces", "short")
     )
-    assert pieces["pieces"] == 100 and whole["pieces"] is None
+    assert pieces["pieces"] == 1 and whole["pieces"] is None
     means = [[point["mean_return"] for point in run["evaluations"]] for run in (whole, pieces, short)]
     assert means[0] == means[1] and means[2] == means[0][:1]
     assert pieces["final_returns"] == whole["final_returns"] and short["final_returns"] == []
@@ -146,7 +151,7 @@ def test_commands_reproduce_the_committed_results(results: Path, monkeypatch: py
     for line in lines:
         monkeypatch.setattr(sys, "argv", line.split()[2:])
         learning.main()
-    paths = [path for path in committed.glob("*/*/*.json") if not path.parent.name.startswith(figures.ADVANTAGE)]
+    paths = [path for path in committed.glob("*/*/*.json") if not path.parent.name.startswith(figures.PREFIXES)]
     assert sorted(f"{env_id}/{name}/seed_{seed}.json" for env_id, name, seed in runs) == sorted(
         path.relative_to(committed).as_posix() for path in paths
     )
@@ -157,7 +162,9 @@ def test_pages_contain_the_committed_results():
     results = {name: json.loads((common.RESULTS / f"{name}.json").read_text()) for name in names}
     filled = {
         common.README: dict(headline=figures.headline(), peers=figures.peers()),
-        common.ADVANTAGES: dict(advantages=figures.advantage_table(), variance=variance.table(results["variance"])),
+        common.ADVANTAGES: dict(
+            advantages=figures.group_table(figures.GROUPS[0]), variance=variance.table(results["variance"])
+        ),
         common.PAGE: dict(
             article=article.comparison(article.read_runs()),
             beside=figures.beside(),
@@ -357,7 +364,7 @@ def test_summary_of_variants_with_known_moments():
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_gradients_per_episode(env_id: str):
-    model = REINFORCE("MlpPolicy", env_id, n_episodes=2, max_episode_steps=20, seed=0, policy_kwargs=dict(net_arch=[3]))
+    model = REINFORCE("MlpPolicy", env_id, n_steps=None, n_episodes=2, max_episode_steps=20, policy_kwargs=dict(net_arch=[3]))
     model.learn(1)
     before = [parameter.clone() for parameter in model.policy.parameters()]
     seen = []

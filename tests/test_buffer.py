@@ -28,7 +28,7 @@ def make_steps(lengths_of_each: list[list[int]], is_dict: bool = False) -> list[
         reward = np.array([100.0 * env + step for env in range(n_envs)])
         action = np.stack([np.full(BOX.shape, 10.0 * env + step) for env in range(n_envs)])
         obs = {"v": obs, "d": np.arange(n_envs)} if is_dict else obs
-        steps.append((obs, action, reward, np.array([start[step] for start in starts]), active, 0.1 * reward))
+        steps.append((obs, action, reward, np.array([start[step] for start in starts]), active))
     return steps
 
 
@@ -59,7 +59,7 @@ def test_episodes_are_contiguous_and_ordered_by_sub_environment(lengths_of_each:
         assert buffer.full and buffer.size() == len(expected)
         np.testing.assert_array_equal(buffer.observations["v"] if is_dict else buffer.observations, expected)
         np.testing.assert_array_equal(buffer.rewards, [100 * env + step for env, step in expected])
-        np.testing.assert_array_equal(buffer.values, 0.1 * buffer.rewards)
+        assert buffer.values.shape == buffer.rewards.shape and not buffer.values.any()
         np.testing.assert_array_equal(buffer.actions, [np.full(6, 10 * env + step) for env, step in expected])
         starts = [step == 0 for ls in lengths_of_each for length in ls for step in range(length)]
         np.testing.assert_array_equal(buffer.episode_starts, starts)
@@ -76,7 +76,7 @@ def test_whole_episodes_are_added_like_their_steps(is_dict: bool):
         whole.add(joined, *map(np.concatenate, columns))
     assert whole.size() == 8
     assert whole.finish() is None
-    for name in ("actions", "rewards", "episode_starts", "values"):
+    for name in ("actions", "rewards", "episode_starts"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(stepwise, name))
     np.testing.assert_equal(whole.observations, stepwise.observations)
 
@@ -84,7 +84,7 @@ def test_whole_episodes_are_added_like_their_steps(is_dict: bool):
 def test_memory_of_the_environment_is_copied():
     buffer, obs, reward = EpisodeRolloutBuffer(1, VECTOR, BOX, "cpu"), np.zeros((1, 2)), np.zeros(1)
     for _ in range(3):
-        buffer.add(obs, np.zeros((1, 2, 3)), reward, ONE, ONE, np.zeros(1))
+        buffer.add(obs, np.zeros((1, 2, 3)), reward, ONE, ONE)
         obs += 1
         reward += 1
     buffer.finish()
@@ -95,27 +95,18 @@ def test_memory_of_the_environment_is_copied():
 SAMPLES = dict(observations="observations", actions="actions", old_values="values", advantages="advantages", returns="returns")
 
 
+@pytest.mark.parametrize("rows", [None, np.array([1, 2, 5, 8])])
 @pytest.mark.parametrize("batch_size", [None, 1, 4, 9, 100])
-def test_get_yields_all_transitions_once_and_in_order(batch_size: int | None):
-    buffer = filled([[3, 2], [4]])
-    batches = list(buffer.get() if batch_size is None else buffer.get(batch_size))
+def test_get_yields_the_transitions_of_all_or_some_rows_in_order(batch_size: int | None, rows: np.ndarray | None):
+    buffer, n_rows = filled([[3, 2], [4]]), 9 if rows is None else 4
+    batches = list(buffer.get(batch_size, rows))
     assert {len(batch.returns) for batch in batches[:-1]} <= {batch_size}
-    assert len(batches) == (1 if batch_size is None else -(-9 // batch_size))
+    assert len(batches) == (1 if batch_size is None else -(-n_rows // batch_size))
     for name, attribute in SAMPLES.items():
         parts = [getattr(batch, name) for batch in batches]
         assert all(part.dtype == th.float32 for part in parts)
-        np.testing.assert_allclose(th.cat(parts).numpy(), getattr(buffer, attribute), rtol=1e-6)
-
-
-@given(lengths, st.integers(1, 60))
-def test_evenly_spaced_transitions_start_with_the_first_and_are_as_many_as_possible(
-    lengths_of_each: list[list[int]], max_size: int
-):
-    buffer = filled(lengths_of_each)
-    step = next(step for step in range(1, 200) if len(range(0, buffer.size(), step)) <= max_size)
-    samples = buffer.evenly_spaced(max_size)
-    for name, attribute in SAMPLES.items():
-        np.testing.assert_allclose(getattr(samples, name).numpy(), getattr(buffer, attribute)[::step], rtol=1e-6)
+        expected = getattr(buffer, attribute)[slice(None) if rows is None else rows]
+        np.testing.assert_allclose(th.cat(parts).numpy(), expected, rtol=1e-6)
 
 
 def test_samples_of_dictionaries_are_dictionaries():
@@ -130,7 +121,7 @@ def test_samples_of_dictionaries_are_dictionaries():
 def test_observations_keep_their_type_and_actions_of_integer_boxes_are_not_rounded(dtype: type):
     buffer: Any = EpisodeRolloutBuffer(1, spaces.Box(0, 200, (1,), dtype), spaces.Box(-5, 5, (1,), np.int32), "cpu")  # type: ignore
     value, action = np.array([[100 + 2**-40]], dtype=dtype), np.array([[0.75]], dtype=np.float32)
-    buffer.add(value, action, np.zeros(1), ONE, ONE, np.zeros(1))
+    buffer.add(value, action, np.zeros(1), ONE, ONE)
     buffer.finish()
     (batch,) = buffer.get()
     assert batch.observations.numpy().dtype == dtype
@@ -160,11 +151,11 @@ def first_not_finite(steps: list[tuple[Any, ...]]) -> tuple[str, Any, int, int, 
     """Look at one value after the other: by step, sub-environment, and observation, action, reward."""
     position, episodes = -1, {}
     # Number all episodes in the order of their starts
-    for n_step, (_, _, _, starts, active, _) in enumerate(steps):
+    for n_step, (_, _, _, starts, active) in enumerate(steps):
         for env in np.flatnonzero(starts & active).tolist():
             position += 1
             episodes[n_step, env] = position
-    for n_step, (obs, action, reward, _, active, _) in enumerate(steps):
+    for n_step, (obs, action, reward, _, active) in enumerate(steps):
         entries = {f"observation {key!r}": obs[key] for key in obs} if isinstance(obs, dict) else {"observation": obs}
         for env in np.flatnonzero(active).tolist():
             for name, entry in {**entries, "action": action, "reward": reward}.items():

@@ -341,10 +341,10 @@ def test_an_update_is_finished_before_a_signal_stops_training(
     """A signal in the last update also ends the program."""
     n_updates, compute_gradient = whole._n_updates - 1 if is_last else 2, REINFORCE._compute_gradient
 
-    def interrupt(self: REINFORCE) -> None:
+    def interrupt(self: REINFORCE) -> Any:
         if self._n_updates == n_updates:
             signal.raise_signal(number)
-        compute_gradient(self)
+        return compute_gradient(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(REINFORCE, "_compute_gradient", interrupt)

@@ -38,7 +38,7 @@ CHOICE = spaces.Discrete(3)
         *[("ent_coef", value) for value in (-0.1, np.inf)],
         *[("target_kl", value) for value in (0.0, np.nan, "lin_1e-2")],
         *[("cg_max_steps", value) for value in (0, None)],
-        *[("cg_damping", value) for value in (0.0, np.inf)],
+        *[("cg_damping", value) for value in (0.0, np.inf, "Auto", None)],
         *[("learning_rate", value) for value in (-1e-3, np.nan, "lin_5e-3")],
         *[("max_episode_steps", value) for value in (0, 1.5)],
         *[("baseline_memory", value) for value in (-0.1, 1.0, np.nan)],
@@ -76,12 +76,11 @@ def test_actor_critics_need_a_baseline(advantage: Any):
         REINFORCE("MlpPolicy", ScriptedEnv([4]), baseline=None, advantage=advantage)
 
 
-def test_n_steps_and_n_episodes_exclude_each_other():
-    with pytest.raises(ValueError, match=r"Exactly one .* got n_steps=100, n_episodes=5"):
-        REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=100, n_episodes=5)
-    for kwargs, expected in (({}, (None, 5)), (dict(n_episodes=7), (None, 7)), (dict(n_steps=100), (100, None))):
-        model = REINFORCE("MlpPolicy", ScriptedEnv([4]), **kwargs)  # type: ignore[arg-type]
-        assert (model.n_steps, model.n_episodes) == expected
+def test_one_of_n_steps_and_n_episodes_is_given():
+    with pytest.raises(ValueError, match="n_steps and n_episodes are both None: one of them must be given"):
+        REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=None, n_episodes=None)
+    for n_steps, n_episodes in ((None, 5), (5, None), (5, 5)):
+        assert REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=n_steps, n_episodes=n_episodes).learn(1)._n_updates == 1
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -218,7 +217,7 @@ def test_files_without_a_part_are_refused(path: Path, part: str):
 @functools.cache
 def trained_and_saved() -> tuple[REINFORCE, bytes]:
     model, file = (
-        REINFORCE("MlpPolicy", ScriptedEnv([4]), policy_kwargs=dict(net_arch=[4]), target_kl=None).learn(9),
+        REINFORCE("MlpPolicy", ScriptedEnv([4]), n_steps=9, policy_kwargs=dict(net_arch=[4]), target_kl=None).learn(9),
         io.BytesIO(),
     )
     model.save(file)
@@ -248,16 +247,16 @@ def test_files_of_other_kinds_are_refused(path: Path):
         read_model_file(path)
     stream = io.BytesIO()
     A2C("MlpPolicy", ScriptedEnv([4])).save(stream)
-    expected = r"a model of another algorithm, .*: its format is None instead of '.* 3', its policy from stable_baselines3"
+    expected = r"a model of another algorithm, .*: its format is None instead of '.* 4', its policy from stable_baselines3"
     with pytest.raises(ValueError, match=expected):
         read_model_file(stream)
     assert not stream.closed
 
 
 def test_files_of_earlier_formats_are_refused(path: Path):
-    rewrite(path, {}, file_format="sb3_reinforce.REINFORCE 2", policy_class=None)
+    rewrite(path, {}, file_format="sb3_reinforce.REINFORCE 3", policy_class=None)
     expected = (
-        r"another version of REINFORCE: its format is 'sb3_reinforce.REINFORCE 2' instead of .*, its policy from unknown"
+        r"another version of REINFORCE: its format is 'sb3_reinforce.REINFORCE 3' instead of .*, its policy from unknown"
     )
     with pytest.raises(ValueError, match=expected):
         read_model_file(path)

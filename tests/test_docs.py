@@ -195,7 +195,7 @@ def test_every_log_key_is_documented():
             logged.update(key_values)
 
     for env, kwargs in (("CartPole-v1", {"advantage": "advantage"}), ("Pendulum-v1", {"target_kl": None})):
-        model = REINFORCE("MlpPolicy", env, n_episodes=1, seed=0, **kwargs)
+        model = REINFORCE("MlpPolicy", env, n_steps=None, n_episodes=2, seed=0, **kwargs)
         model.set_logger(Logger(None, [Writer()]))
         model.learn(500)
     documented = set(re.findall(r"`([a-z]+/[a-z_]+)`", (DOCS / "log.md").read_text()))

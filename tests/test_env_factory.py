@@ -39,7 +39,7 @@ def test_makes_the_environments_of_make_vec_env(tmp_path: Path):
 def test_monitor_files_of_workers_are_read_together(tmp_path: Path):
     """Each environment has its own file. That of the main process has no episodes."""
     make = EnvFactory("CartPole-v1", monitor_dir=str(tmp_path))
-    model = REINFORCE("MlpPolicy", make, seed=0, n_episodes=8, workers=FakeExecutor(2)).learn(1)
+    model = REINFORCE("MlpPolicy", make, seed=0, n_steps=None, n_episodes=8, workers=FakeExecutor(2)).learn(1)
     assert len(list(tmp_path.glob("*.monitor.csv"))) == 2
     results, episodes = load_results(str(tmp_path)), model.ep_info_buffer or ()
     assert list(results["l"]) == [episode["l"] for episode in episodes]

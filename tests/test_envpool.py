@@ -24,7 +24,7 @@ CART_POLE = "CartPole-v1"
 LANDER = "LunarLanderContinuous-v3"
 TASKS = [CART_POLE, "LunarLander-v3", LANDER, "Acrobot-v1", "MountainCarContinuous-v0", "Pendulum-v1"]
 #: A policy that is created quickly
-SMALL: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[]), baseline=None)
+SMALL: dict[str, Any] = dict(n_steps=None, policy_kwargs=dict(net_arch=[]), baseline=None)
 
 
 def has_fallen(observation: np.ndarray) -> bool:
@@ -252,11 +252,11 @@ class Batches(BaseCallback):
         self.idle_fractions.append(self.model.logger.name_to_value["rollout/idle_fraction"])
 
 
-@pytest.mark.parametrize("target", [dict(n_episodes=11), dict(n_episodes=2), dict(n_steps=30)])
+@pytest.mark.parametrize("target", [dict(n_episodes=11), dict(n_episodes=2), dict(n_steps=30, n_episodes=None)])
 def test_batches_of_whole_episodes_without_idle_steps(target: dict[str, int]):
     env, spy = spied(4, seed=3)
     batches = Batches()
-    model = REINFORCE("MlpPolicy", env, seed=0, **target, **SMALL).learn(2000, callback=batches)
+    model = REINFORCE("MlpPolicy", env, seed=0, **(SMALL | target)).learn(2000, callback=batches)
     assert len(batches.lengths) == model._n_updates >= 4
     for lengths in batches.lengths:
         if "n_episodes" in target:
@@ -278,7 +278,7 @@ def test_training_is_repeatable():
     models = []
     for seeds in ((0, 5), (0, 5), (0, 50), (1, 5)):
         env = EnvPoolVecEnv(CART_POLE, 4, seed=seeds[1])
-        models.append(REINFORCE("MlpPolicy", env, seed=seeds[0], n_episodes=6).learn(1500))
+        models.append(REINFORCE("MlpPolicy", env, seed=seeds[0], n_steps=None, n_episodes=6).learn(1500))
     states = [th.nn.utils.parameters_to_vector(model.policy.parameters()) for model in models]
     assert th.equal(states[0], states[1])
     assert models[0].num_timesteps == models[1].num_timesteps
@@ -295,7 +295,7 @@ def test_verbose_says_that_resuming_is_not_exact(capsys: pytest.CaptureFixture):
 
 def test_save_and_load(tmp_path: Path):
     """Also with another number of sub-environments, or Gymnasium's environment."""
-    model = REINFORCE("MlpPolicy", EnvPoolVecEnv(CART_POLE, 4), seed=0, n_episodes=6).learn(500)
+    model = REINFORCE("MlpPolicy", EnvPoolVecEnv(CART_POLE, 4), seed=0, n_steps=None, n_episodes=6).learn(500)
     model.save(tmp_path / "model")
     observations = np.random.default_rng(0).normal(size=(9, 4))
     for n_envs in (4, 7):
@@ -315,7 +315,7 @@ def test_save_and_load(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "algorithm, kwargs, n_timesteps",
-    [(A2C, dict(n_steps=16), 12_000), (PPO, dict(n_steps=64), 6_000), (REINFORCE, dict(n_episodes=8), 10_000)],
+    [(A2C, dict(n_steps=16), 12_000), (PPO, dict(n_steps=64), 6_000), (REINFORCE, dict(n_steps=None, n_episodes=8), 10_000)],
 )
 def test_algorithms_learn(algorithm: Any, kwargs: dict[str, Any], n_timesteps: int):
     """A random policy returns 22. Evaluated with Gymnasium's environment."""

@@ -1,8 +1,9 @@
-"""The natural gradient against dense linear algebra, and the length of a step for known functions."""
+"""The natural gradient and its damping against dense linear algebra, and the length of a step for known functions."""
 
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +15,21 @@ from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
     Distribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
 )
 from torch import nn
 
 from sb3_reinforce.natural_gradient import (
-    InverseTimeDecay,
+    DAMPINGS,
+    KrylovSpace,
     assign,
+    cross_validate,
+    divergence_of_signal,
     fisher_vector_product,
     flatten,
+    initial_scores,
+    krylov_space,
     length_of_divergence,
     natural_direction,
     natural_step,
@@ -51,55 +59,56 @@ def test_assign_is_the_inverse_of_flatten_and_works_in_place():
     assert [parameter.data_ptr() for parameter in parameters] == memory
 
 
-@given(st.floats(1e-4, 1), st.floats(0.5, 1000), st.integers(0, 10_000))
-def test_inverse_time_decay_is_half_after_halving_updates(start: float, halving: float, n: int):
-    schedule = InverseTimeDecay(start, halving)
-    assert schedule(0) == start
-    assert schedule(halving) == pytest.approx(start / 2)  # type: ignore[arg-type]
-    # The reciprocal grows linearly
-    assert 1 / schedule(n + 1) - 1 / schedule(n) == pytest.approx(1 / (start * halving), rel=1e-3)
-    assert repr(schedule) == f"InverseTimeDecay(start={start}, halving={halving})"
-
-
-@pytest.mark.parametrize("arguments", [(0.0, 50), (math.nan, 50), (math.inf, 50), (0.01, 0), (0.01, math.nan)])
-def test_inverse_time_decay_refuses_values_that_are_not_above_0(arguments: tuple[float, float]):
-    with pytest.raises(ValueError, match=r"start and halving must be above 0, got InverseTimeDecay\(start="):
-        InverseTimeDecay(*arguments)
-
-
 # The Fisher matrix -----------------------------------------------------------------------------------------------------------
+
+KINDS = ["Gaussian", "gSDE", "categorical", "multi-categorical", "bits"]
 
 
 class Policy:
     """A network in double precision, and the actions and weights of an exact expectation in each state."""
 
-    def __init__(self, kind: str, n_outputs: int, seed: int):
+    def __init__(self, kind: str, n_outputs: int, seed: int, has_fixed_std: bool = False):
         th.manual_seed(seed)
         self.kind, self.n_outputs = kind, n_outputs
-        self.net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, n_outputs)).double()
-        self.log_std = nn.Parameter(th.randn(n_outputs, dtype=th.float64) / 2)
-        # The last has no effect; log_std only in Gaussians
-        self.parameters = [*self.net.parameters(), self.log_std, nn.Parameter(th.zeros(1, dtype=th.float64))]
+        self.choices = [n_outputs, 2] if kind == "multi-categorical" else [n_outputs]
+        self.hidden = nn.Sequential(nn.Linear(2, 3), nn.Tanh()).double()
+        self.last = nn.Linear(3, sum(self.choices)).double()
+        self.log_std = nn.Parameter(th.randn((3, n_outputs) if kind == "gSDE" else n_outputs, dtype=th.float64) / 2)
+        self.log_std.requires_grad_(not has_fixed_std)
+        unused = nn.Parameter(th.zeros(1, dtype=th.float64))
+        parameters = [*self.hidden.parameters(), *self.last.parameters(), self.log_std, unused]
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
 
     def distribution(self, states: th.Tensor) -> Distribution:
-        outputs = self.net(states)
+        latent = self.hidden(states)
+        outputs = self.last(latent)
         if self.kind == "Gaussian":
             return DiagGaussianDistribution(self.n_outputs).proba_distribution(outputs, self.log_std)
+        if self.kind == "gSDE":
+            return StateDependentNoiseDistribution(self.n_outputs).proba_distribution(outputs, self.log_std, latent)
+        if self.kind == "multi-categorical":
+            return MultiCategoricalDistribution(self.choices).proba_distribution(outputs)
         cls = CategoricalDistribution if self.kind == "categorical" else BernoulliDistribution
         return cls(self.n_outputs).proba_distribution(outputs)
 
+    def evaluate_observations(self, states: th.Tensor) -> tuple[Distribution, th.Tensor]:
+        return self.distribution(states), states
+
     def actions(self, state: th.Tensor) -> list[tuple[th.Tensor, float]]:
         with th.no_grad():
-            outputs = self.net(state)[0]
-        if self.kind == "categorical":
-            return [(th.tensor([a]), p.item()) for a, p in enumerate(outputs.softmax(0))]
+            outputs, distribution = self.last(self.hidden(state))[0], self.distribution(state)
         if self.kind == "bits":
             bits = list(itertools.product([0.0, 1.0], repeat=self.n_outputs))
             p_of_1 = outputs.sigmoid().numpy()
             return [(th.tensor([b]), float(np.prod(np.where(b, p_of_1, 1 - p_of_1)))) for b in bits]
+        if "categorical" in self.kind:
+            p = [part.softmax(0).tolist() for part in outputs.split(self.choices)]
+            rows = itertools.product(*(range(n) for n in self.choices))
+            pairs = [(row, math.prod(p[i][a] for i, a in enumerate(row))) for row in rows]
+            return [(th.tensor(row if len(row) == 1 else [row]), weight) for row, weight in pairs]
         # Gauss-Hermite quadrature: products of two scores are polynomials of the fourth degree
         nodes, weights = np.polynomial.hermite_e.hermegauss(3)
-        std = self.log_std.detach().exp()
+        std = distribution.distribution.stddev  # type: ignore[union-attr]
         return [
             (outputs + std * th.tensor(nodes[list(i)]), math.prod(weights[list(i)] / weights.sum()))
             for i in itertools.product(range(3), repeat=self.n_outputs)
@@ -117,39 +126,62 @@ class Policy:
         return fisher
 
 
-@settings(max_examples=30)
-@given(seeds, st.sampled_from(["Gaussian", "categorical", "bits"]), st.integers(1, 3), st.integers(1, 4))
-def test_fisher_vector_product_equals_the_dense_matrix_times_the_vector(seed: int, kind: str, n_outputs: int, n_states: int):
-    policy = Policy(kind, n_outputs, seed)
+@settings(max_examples=40)
+@given(seeds, st.sampled_from(KINDS), st.integers(1, 3), st.integers(1, 4), st.booleans())
+def test_fisher_vector_product_equals_the_dense_matrix_times_the_vector(
+    seed: int, kind: str, n_outputs: int, n_states: int, has_fixed_std: bool
+):
+    policy: Any = Policy(kind, n_outputs, seed, has_fixed_std)
     states = th.randn(n_states, 2, dtype=th.float64)
-    with th.no_grad():
-        old = policy.distribution(states)
-    product = fisher_vector_product(kl_divergence(old, policy.distribution(states)).mean(), policy.parameters)
-    fisher = policy.dense_fisher(states)
+    product, fisher = fisher_vector_product(policy, states, policy.parameters), policy.dense_fisher(states)
     # The graph is kept between products
     for _ in range(2):
         vector = th.randn(len(fisher), dtype=th.float64)
         np.testing.assert_allclose(product(vector), fisher @ vector.numpy(), rtol=1e-8, atol=1e-10)
 
 
-# The direction ---------------------------------------------------------------------------------------------------------------
+# The Krylov space ------------------------------------------------------------------------------------------------------------
+
+
+def singular_matrix(rng: np.random.Generator, n: int, curvature: float = 1.0) -> np.ndarray:
+    root = rng.normal(size=(n, (n + 1) // 2)) * np.sqrt(curvature)
+    return root @ root.T
+
+
+def space_of(matrix: np.ndarray, gradient: np.ndarray, max_steps: int, dtype: th.dtype = th.float64) -> KrylovSpace:
+    fisher = th.tensor(matrix, dtype=dtype)
+    return krylov_space(lambda vector: fisher @ vector, th.tensor(gradient, dtype=dtype), max_steps)
+
+
+@given(seeds, st.integers(1, 12), st.integers(1, 15), powers_of_ten(-6, 6))
+def test_the_basis_is_orthonormal_and_makes_the_matrix_tridiagonal(seed: int, n: int, max_steps: int, curvature: float):
+    rng = np.random.default_rng(seed)
+    matrix, gradient = singular_matrix(rng, n, curvature), rng.normal(size=n)
+    space = space_of(matrix, gradient, max_steps)
+    basis, k = space.basis.numpy(), len(space.fisher)
+    assert basis.shape == (k, n) and 1 <= k <= min(n, max_steps)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(k), atol=1e-9)
+    np.testing.assert_allclose(space.fisher, basis @ matrix @ basis.T, atol=1e-5 * np.abs(matrix).max())
+    np.testing.assert_array_equal(space.fisher, np.triu(np.tril(space.fisher, 1), -1))
+    np.testing.assert_allclose(space.norm * basis[0], gradient, rtol=1e-9)
 
 
 @given(seeds, st.integers(1, 8), powers_of_ten(-3, 3), powers_of_ten(-15, 15), powers_of_ten(-2, 9))
-def test_natural_direction_equals_a_dense_solve(seed: int, n: int, curvature: float, size: float, damping: float):
-    """For any scale of the gradient and of the matrix, which is singular."""
+def test_all_directions_of_a_full_space_equal_dense_solves(seed: int, n: int, curvature: float, size: float, damping: float):
+    """In single precision, for any scale of the gradient and of the matrix, which is singular."""
     rng = np.random.default_rng(seed)
-    root = rng.normal(size=(n, (n + 1) // 2)) * np.sqrt(curvature)
-    gradient = th.tensor(size * rng.normal(size=n), dtype=th.float32)
-    fisher = th.tensor(root @ root.T, dtype=th.float32)
-    direction = natural_direction(gradient, lambda vector: fisher @ vector, damping, 50)
-    expected = np.linalg.solve(root @ root.T + damping * np.eye(n), gradient.double().numpy() / size)
-    assert cosine(direction.numpy(), expected) > 0.999
+    matrix, gradient = singular_matrix(rng, n, curvature), rng.normal(size=n)
+    space = space_of(matrix, size * gradient, 50, th.float32)
+    dampings = np.append(DAMPINGS, damping)
+    for one, coordinates in zip(dampings, space.solve(dampings), strict=True):
+        direction, expected = space.direction(one), np.linalg.solve(matrix + one * np.eye(n), gradient)
+        assert cosine(direction.numpy(), expected) > 0.999
+        np.testing.assert_allclose(space.basis.numpy().T @ coordinates, direction.numpy(), rtol=1e-4, atol=1e-6 * size)
 
 
 @pytest.mark.parametrize("curvature", [1e-4, 1.0, 1e8])
 def test_few_steps_equal_textbook_conjugate_gradients(curvature: float):
-    """From 0, in double precision, with more dimensions than steps: the start of the solver must not affect its result."""
+    """From 0, with more dimensions than steps."""
     rng = np.random.default_rng(0)
     n, rank, damping, n_steps = 200, 30, 0.1, 10
     root = rng.normal(size=(n, rank)) * np.logspace(0, -1.5, rank) * np.sqrt(curvature / n)
@@ -164,42 +196,91 @@ def test_few_steps_equal_textbook_conjugate_gradients(curvature: float):
         new = residual - length * image
         conjugate = new + (new @ new) / (residual @ residual) * conjugate
         residual = new
-    as_float = th.tensor(fisher, dtype=th.float32)
-    found = natural_direction(th.tensor(gradient, dtype=th.float32), lambda vector: as_float @ vector, damping, n_steps)
-    assert cosine(found.numpy(), solution) > 0.999
+    exact = space_of(fisher, gradient, n_steps).direction(damping).numpy()
+    np.testing.assert_allclose(exact, solution, rtol=1e-5, atol=1e-6 * np.abs(solution).max())
+    assert cosine(space_of(fisher, gradient, n_steps, th.float32).direction(damping).numpy(), solution) > 0.999
 
 
-def test_natural_direction_is_deterministic_and_leaves_the_global_generator_alone():
-    gradient, fisher = th.randn(50), th.randn(50, 50)
-    fisher = fisher @ fisher.T
-    before = th.get_rng_state()
-    one = natural_direction(gradient, lambda vector: fisher @ vector, 0.1, 5)
-    assert th.equal(th.get_rng_state(), before)
-    th.rand(1)
-    assert th.equal(natural_direction(gradient, lambda vector: fisher @ vector, 0.1, 5), one)
+# The damping -----------------------------------------------------------------------------------------------------------------
+
+
+def dense_scores(fisher: np.ndarray, halves: list[np.ndarray]) -> np.ndarray:
+    """Judged and promised improvements, one damping and one half after the other."""
+    scores = np.zeros((2, len(DAMPINGS)))
+    for i, damping in enumerate(DAMPINGS):
+        for own, other in (halves, halves[::-1]):
+            direction = np.linalg.solve(fisher + damping * np.eye(len(fisher)), own)
+            length = math.sqrt(direction @ fisher @ direction)
+            scores[:, i] += other @ direction / length, own @ direction / length
+    return scores
+
+
+@given(seeds, st.integers(1, 8), powers_of_ten(-2, 2), powers_of_ten(-3, 3))
+def test_the_damping_has_the_best_mean_score_of_dense_solves(seed: int, n: int, curvature: float, size: float):
+    rng = np.random.default_rng(seed)
+    fisher, common = singular_matrix(rng, n, curvature), rng.normal(size=n)
+    halves = [size * (common + rng.normal(size=n)) for _ in range(2)]
+    earlier = size / math.sqrt(curvature) * rng.normal(size=(2, len(DAMPINGS)))
+    expected, tensors = dense_scores(fisher, halves), [th.tensor(half) for half in halves]
+    close: Any = dict(rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    found = cross_validate(tensors, [space_of(fisher, half, n) for half in halves], DAMPINGS)
+    np.testing.assert_allclose(found, expected, **close)
+    matrix, whole = th.tensor(fisher), sum(tensors)
+    # One part, or a part without a signal, leaves the scores as they are
+    for parts, is_new in ((tensors, True), ([whole], False), ([whole, th.zeros(n)], False)):
+        arguments = parts, DAMPINGS, earlier, n
+        direction, chosen, scores = natural_direction(lambda vector: matrix @ vector, *arguments)
+        np.testing.assert_allclose(scores, 0.9 * earlier + 0.1 * expected if is_new else earlier, **close)
+        assert chosen == scores[0].argmax()
+        assert cosine(direction.numpy(), np.linalg.solve(fisher + DAMPINGS[chosen] * np.eye(n), whole)) > 0.9999
+
+
+def test_judged_improvements_are_unbiased_and_promised_ones_too_large():
+    """
+    On a bandit of Gaussian actions with rewards ``slope . a + noise``, whose gradient in the mean is the slope. Means of 1000
+    batches, in standard errors.
+    """
+    rng = np.random.default_rng(0)
+    slope, std = np.array([1.0, -0.5, 0.2, 0.0]), np.array([0.3, 1.0, 2.0, 4.0])
+    fisher = np.diag(std**-2.0)
+    errors = np.zeros((1000, 2, len(DAMPINGS)))
+    for error in errors:
+        actions = std * rng.normal(size=(2, 20, 4))
+        rewards = actions @ slope + rng.normal(size=(2, 20))
+        halves = list(np.mean(rewards[:, :, None] * actions / std**2, axis=1))
+        spaces = [space_of(fisher, half, 4) for half in halves]
+        steps = [space.solve(DAMPINGS) @ space.basis.numpy() for space in spaces]
+        true = sum(step @ slope / np.sqrt(np.einsum("di,ij,dj->d", step, fisher, step)) for step in steps)
+        error[:] = cross_validate([th.tensor(half) for half in halves], spaces, DAMPINGS) - true
+    judged, promised = errors.mean(axis=0) / (errors.std(axis=0) / math.sqrt(len(errors)))
+    assert np.abs(judged).max() < 3
+    assert promised.min() > 10
+
+
+def test_the_divergence_grows_with_the_share_of_the_promise_that_is_confirmed():
+    """It has bounds, and what is taken for granted becomes less with each update."""
+    judged, promised = initial_scores(3)
+    assert len(set(judged)) == len(set(promised)) == 1 and len(judged) == 3
+    before = math.inf
+    for n in (0, 1, 100, 10_000):
+        least, most = divergence_of_signal(-0.3, n), divergence_of_signal(1.0, n)
+        assert 0 < least == divergence_of_signal(0.0, n) < before
+        assert most == divergence_of_signal(0.25, n) == 0.0125
+        assert divergence_of_signal(0.2, 10_000) == pytest.approx(2 * divergence_of_signal(0.1, 10_000))
+        before = least
+    assert divergence_of_signal(judged[0] / promised[0], 0) == divergence_of_signal(0.0, 0)
 
 
 # The step --------------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40)
-@given(
-    seeds,
-    st.sampled_from(["Gaussian", "categorical", "bits"]),
-    st.integers(2, 3),
-    st.integers(2, 6),
-    powers_of_ten(-6, -2),
-    powers_of_ten(-3, 3),
-)
-def test_natural_step_follows_a_dense_solve_to_the_divergence_asked_for(
-    seed: int, kind: str, n_outputs: int, n_states: int, target_kl: float, damping: float
+@given(seeds, st.sampled_from(KINDS), st.integers(2, 3), st.integers(2, 6), powers_of_ten(-6, -2), powers_of_ten(-15, 15))
+def test_natural_step_is_against_the_direction_and_has_the_divergence_asked_for(
+    seed: int, kind: str, n_outputs: int, n_states: int, target_kl: float, size: float
 ):
-    policy = Policy(kind, n_outputs, seed)
-    states = th.randn(n_states, 2, dtype=th.float64)
-    for parameter in policy.parameters:
-        parameter.grad = th.randn_like(parameter)
-    gradient = flatten(parameter.grad for parameter in policy.parameters).numpy()  # type: ignore[misc]
-    fisher, before = policy.dense_fisher(states), flatten(policy.parameters).detach()
+    policy: Any = Policy(kind, n_outputs, seed)
+    states, before = th.randn(n_states, 2, dtype=th.float64), flatten(policy.parameters).detach()
     with th.no_grad():
         old = policy.distribution(states)
 
@@ -207,38 +288,25 @@ def test_natural_step_follows_a_dense_solve_to_the_divergence_asked_for(
         with th.no_grad():
             return kl_divergence(old, policy.distribution(states)).mean().item()
 
-    curvature = kl_divergence(old, policy.distribution(states)).mean()
-    product = fisher_vector_product(curvature, policy.parameters)
-    reached = natural_step(policy.parameters, product, divergence, target_kl, damping, max_steps=60)
-    step = (flatten(policy.parameters).detach() - before).numpy()
-    assert cosine(step, -np.linalg.solve(fisher + damping * np.eye(len(fisher)), gradient)) > 0.999
-    assert reached == divergence() == pytest.approx(target_kl, rel=1e-3)
+    direction, product = size * th.randn_like(before), fisher_vector_product(policy, states, policy.parameters)
+    natural_step(policy.parameters, direction, product, divergence, target_kl)
+    assert cosine(flatten(policy.parameters).detach().numpy() - before.numpy(), -direction.numpy()) > 0.99999
+    assert divergence() == pytest.approx(target_kl, rel=1e-3)
 
 
 @pytest.mark.parametrize("is_finite_at_start", [True, False], ids=["after a step", "everywhere"])
 def test_a_step_that_leaves_the_policy_undefined_is_not_taken(is_finite_at_start: bool):
     """A ValueError of the divergence: after any step, or even at the old policy."""
-    policy = Policy("Gaussian", 2, seed=0)
-    states = th.randn(3, 2, dtype=th.float64)
-    old = policy.distribution(states)
-    for parameter in policy.parameters:
-        parameter.grad = th.ones_like(parameter)
-    before = flatten(policy.parameters).detach()
+    policy: Any = Policy("Gaussian", 2, seed=0)
+    states, before = th.randn(3, 2, dtype=th.float64), flatten(policy.parameters).detach()
 
     def divergence() -> float:
         if is_finite_at_start and th.equal(flatten(policy.parameters), before):
             return 0.0
         raise ValueError("not finite")
 
-    with th.no_grad():
-        constant = policy.distribution(states)
-    curvature = kl_divergence(constant, old).mean()
-    arguments = policy.parameters, fisher_vector_product(curvature, policy.parameters), divergence, 0.01, 0.1, 5
-    if is_finite_at_start:
-        assert natural_step(*arguments) == 0.0
-    else:
-        with pytest.raises(ValueError, match="No step along the gradient leaves the policy finite"):
-            natural_step(*arguments)
+    product = fisher_vector_product(policy, states, policy.parameters)
+    natural_step(policy.parameters, th.ones_like(before), product, divergence, 0.01)
     assert th.equal(flatten(policy.parameters), before)
 
 
@@ -253,10 +321,9 @@ def length_and_evaluations(divergence_at: Callable[[float], float], target: floa
         tried.append(length)
         return divergence_at(length)
 
-    found, reached = length_of_divergence(recorded, target, first)
+    length_of_divergence(recorded, target, first)
     # The caller is left with the latest evaluation
-    assert tried[-1] == found
-    np.testing.assert_equal(reached, divergence_at(found))
+    found = tried[-1]
     assert tried[0] == first
     assert max(tried) <= 10 * first
     assert len(tried) <= 31

@@ -57,7 +57,7 @@ def test_shutdown_ends_the_actors(ray: FakeRay):
 def test_training_on_actors_equals_training_in_this_process(ray: FakeRay, monkeypatch: pytest.MonkeyPatch):
     result = Future.result
     monkeypatch.setattr(Future, "result", lambda self, timeout=None: (ray.run_all(), result(self, 0))[1])
-    kwargs: Any = dict(env=partial(RandomLengthEnv, 9), seed=3, n_episodes=6, policy_kwargs=dict(net_arch=[4]))
+    kwargs: Any = dict(env=partial(RandomLengthEnv, 9), seed=3, n_steps=None, n_episodes=6, policy_kwargs=dict(net_arch=[4]))
     vectors = [
         REINFORCE("MlpPolicy", workers=workers, **kwargs).learn(60).policy.parameters_to_vector()
         for workers in (RayExecutor(2), None)

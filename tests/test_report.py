@@ -87,7 +87,7 @@ def train(folder: Path, seed: int, **kwargs: Any) -> REINFORCE:
     """Small run with the logs of SB3 and a checkpoint."""
     env = make_vec_env(ENV, 2, monitor_dir=str(folder))
     tensorboard = str(folder / "tensorboard")
-    model = REINFORCE("MlpPolicy", env, n_steps=100, seed=seed, device="cpu", tensorboard_log=tensorboard, **kwargs)
+    model = REINFORCE("MlpPolicy", env, n_steps=100, n_episodes=None, seed=seed, tensorboard_log=tensorboard, **kwargs)
     evaluations = EvalCallback(make_vec_env(ENV, 2), n_eval_episodes=3, eval_freq=200, log_path=str(folder), verbose=0)
     model.learn(1500, callback=[evaluations, AtomicCheckpointCallback(folder / "checkpoints")])
     model.save(folder / "model")
@@ -135,7 +135,7 @@ def test_a_page_contains_all_parts_of_a_run(runs: list[Path]):
         "policy_class MlpPolicy",
         "n_envs 2",
         "gamma 0.99",
-        "target_kl InverseTimeDecay(start=0.0125, halving=50)",
+        "target_kl 'auto'",
         "torch 1.2.3",
         "python examples/lunar_lander.py --seed 5 --threshold 475.0 --evaluation-episodes 3",
     ):
@@ -186,7 +186,7 @@ def test_runs_with_different_missing_parts_are_compared(runs: list[Path]):
     for run, lacks in zip(runs, ("Hyperparameters", "Evaluations during training", "Diagnostics"), strict=True):
         spoil(PIECES[lacks][0], run, Path.unlink)
     text = Page(write_report(runs, "page.html")).text
-    for line in (f"A: {ENV}, policy_class=unknown", f"B: {ENV}, policy_class=MlpPolicy", f"{ENV}_2 B 6 1", "B 0 unknown"):
+    for line in (f"A: {ENV}, policy_class=unknown", f"B: {ENV}, policy_class=MlpPolicy", f"{ENV}_2 B 6 ", "B 0 unknown"):
         assert line in text
 
 

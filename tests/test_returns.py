@@ -28,7 +28,7 @@ from sb3_reinforce.returns import (
     monte_carlo_advantages,
     policy_gradient_loss,
     q_advantages,
-    steps_to_episode_end,
+    steps_since_episode_start,
     td_advantages,
 )
 
@@ -60,15 +60,9 @@ def test_returns_follow_the_definition(episodes: list[list[float]], gamma: float
 
 
 @given(batches_of_rewards)
-def test_steps_to_episode_end_counts_down(episodes: list[list[float]]):
-    expected = [step for episode in episodes for step in reversed(range(len(episode)))]
-    np.testing.assert_array_equal(steps_to_episode_end(flatten(episodes)[1]), expected)
-
-
-@pytest.mark.parametrize("starts", [[], [False, True]])
-def test_a_batch_must_begin_with_an_episode(starts: list[bool]):
-    with pytest.raises(ValueError, match="first transition of an episode, got episode_starts="):
-        discounted_returns(np.zeros(len(starts)), np.array(starts), 0.9)
+def test_steps_are_counted_from_the_start_of_each_episode(episodes: list[list[float]]):
+    expected = [step for episode in episodes for step in range(len(episode))]
+    np.testing.assert_array_equal(steps_since_episode_start(flatten(episodes)[1]), expected)
 
 
 # Advantages ------------------------------------------------------------------------------------------------------------------

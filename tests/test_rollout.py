@@ -47,7 +47,7 @@ def test_a_batch_has_all_episodes_that_were_started_and_each_is_reset_once_by_nu
     lengths_of_each: list[list[int]], target: dict[str, int], seed: int | None, resets_counts: list[bool], at_once: bool
 ):
     env = episode_vec_env(lengths_of_each)
-    model, recorder = REINFORCE("MlpPolicy", env, seed=seed, **target, **SMALL), Recorder()
+    model, recorder = REINFORCE("MlpPolicy", env, seed=seed, **(SMALL | target)), Recorder()
     if at_once:
         recorder.n_rollouts = len(resets_counts)
         model.learn(LONG, callback=recorder)
@@ -116,7 +116,7 @@ def test_using_the_training_environment_between_unseeded_rollouts_leaves_whole_e
 @pytest.mark.parametrize(("sde_sample_freq", "n_changes"), [(-1, 0), (4, 2)])
 def test_gsde_matrices_change_every_sde_sample_freq_steps_of_an_episode(sde_sample_freq: int, n_changes: int):
     kwargs: dict[str, Any] = dict(use_sde=True, sde_sample_freq=sde_sample_freq, normalize_observations=False)
-    model = REINFORCE("MlpPolicy", ScriptedEnv([10]), n_episodes=3, policy_kwargs=dict(net_arch=[3]), **kwargs)
+    model = REINFORCE("MlpPolicy", ScriptedEnv([10]), n_steps=None, n_episodes=3, policy_kwargs=dict(net_arch=[3]), **kwargs)
     with th.no_grad():
         # With constant features, only the matrices change the actions
         model.policy.mlp_extractor.policy_net[0].weight.zero_()
@@ -195,7 +195,9 @@ def test_in_place_changes_by_callbacks_act_at_the_next_step_and_replacements_fro
 ):
     """Two rollouts of episode 0, without an update. MLPs with ReLU act with NumPy, with ELU with PyTorch."""
     policy_kwargs = dict(net_arch=[8], activation_fn=activation_fn)
-    model = REINFORCE("MlpPolicy", WideEnv([30]), n_episodes=1, seed=0, baseline=None, policy_kwargs=policy_kwargs)
+    model = REINFORCE(
+        "MlpPolicy", WideEnv([30]), n_steps=None, n_episodes=1, seed=0, baseline=None, policy_kwargs=policy_kwargs
+    )
     model.train = lambda: None  # type: ignore[method-assign]
     with th.no_grad():
         model.policy.action_net.weight.normal_(generator=th.Generator().manual_seed(0))
@@ -253,7 +255,7 @@ def test_an_environment_set_by_a_callback_runs_whole_episodes_from_the_next_roll
 
 def test_an_environment_set_by_a_callback_that_stops_is_reset():
     new = VecNormalize(DummyVecEnv([lambda: Monitor(ScriptedEnv([4]))]))
-    model = REINFORCE("MlpPolicy", Monitor(ScriptedEnv([5])), n_steps=8)
+    model = REINFORCE("MlpPolicy", Monitor(ScriptedEnv([5])), n_steps=8, n_episodes=None)
     model.learn(8, callback=lambda locals_, _: bool(locals_["model"].set_env(new)))
     model.learn(8, reset_num_timesteps=False)
     assert {info["l"] for info in model.ep_info_buffer} == {4}
@@ -310,10 +312,10 @@ def test_after_an_exception_learn_begins_with_a_reset(kind: str, error: BaseExce
 @pytest.mark.parametrize("bootstrap", [False, True])
 def test_bootstrapping_adds_the_discounted_value_of_the_terminal_observation_at_time_limits(truncated: bool, bootstrap: bool):
     env = scripted([[4], [2]], truncated=truncated)
-    kwargs = dict(baseline="linear", normalize_observations=False, policy_kwargs={})
+    kwargs = dict(baseline="linear", baseline_kwargs=dict(time=True), normalize_observations=False, policy_kwargs={})
     recorder, model = collect(env, n_steps=2, gamma=0.9, bootstrap_timeouts=bootstrap, **kwargs)
     with th.no_grad():
-        # The value is the sum of the observation, plus 0.5
+        # The value is the sum of the observation and of the time in units of 10 steps, plus 0.5
         model.policy.value_net.weight.fill_(1.0)
         model.policy.value_net.bias.fill_(0.5)
     model.learn(1, callback=recorder, reset_num_timesteps=False)
@@ -322,7 +324,7 @@ def test_bootstrapping_adds_the_discounted_value_of_the_terminal_observation_at_
     expected = 100 * episode + step + 1
     if truncated and bootstrap:
         last = step + 1 == np.where(env_index == 0, 4, 2)
-        expected = expected + last * 0.9 * (env_index + episode + step + 1 + 0.5)
+        expected = expected + last * 0.9 * (env_index + episode + 1.1 * (step + 1) + 0.5)
     np.testing.assert_allclose(rollout["rewards"], expected, rtol=1e-6)
 
 
@@ -354,7 +356,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_place(
     bad, other = cls([4], 1, spoil=spoil_at(what, episode, step, value)), cls([3], 0, spoil=spoil_at("reward", 5, 3, np.nan))
     env = DummyVecEnv([lambda: other, lambda: bad, lambda: cls([5], 2)])
     policy = "MlpPolicy" if cls is ScriptedEnv else "MultiInputPolicy"
-    model = REINFORCE(policy, env, n_steps=7, seed=0, policy_kwargs=dict(net_arch=[]))
+    model = REINFORCE(policy, env, n_steps=7, n_episodes=None, seed=0, policy_kwargs=dict(net_arch=[]))
     before = []
     with pytest.raises(ValueError) as raised:
         while True:
@@ -398,7 +400,9 @@ def test_rewards_must_fit_into_float32(cls: type[DummyVecEnv]):
 def test_a_policy_that_returns_nan_learns_nothing(space: spaces.Space, activation_fn: type[nn.Module], message: str):
     env = ScriptedEnv([4])
     env.action_space = space
-    model = REINFORCE("MlpPolicy", env, n_steps=8, policy_kwargs=dict(net_arch=[4], activation_fn=activation_fn))
+    model = REINFORCE(
+        "MlpPolicy", env, n_steps=8, n_episodes=None, policy_kwargs=dict(net_arch=[4], activation_fn=activation_fn)
+    )
     model.policy.action_net.bias.data[0] = np.nan
     before = state_of(model)
     with pytest.raises(ValueError, match=message):

@@ -44,7 +44,7 @@ def test_simulators_that_reset_themselves_are_reset_once_and_run_whole_episodes(
 ):
     """Others step the simulators between two calls of learn(); rewards and dones may have any type."""
     env, expected = Simulators(lengths_of_each, dtypes), Reference(lengths_of_each, steps_idle_envs=True)
-    model = REINFORCE("MlpPolicy", env, **target, **SMALL)
+    model = REINFORCE("MlpPolicy", env, **(SMALL | target))
     at_start = [True] * env.num_envs
     for n_between in steps_between:
         recorder, n_timesteps = Recorder(n_rollouts), model.num_timesteps
@@ -83,7 +83,7 @@ def test_a_wrapped_episode_vec_env_is_reset_once_per_episode_with_its_seed(
     lengths_of_each: list[list[int]], target: dict[str, int], wrapper: str, seed: int | None
 ):
     env = episode_vec_env(lengths_of_each)
-    model, recorder = REINFORCE("MlpPolicy", WRAPPERS[wrapper](env), seed=seed, **target, **SMALL), Recorder(3)
+    model, recorder = REINFORCE("MlpPolicy", WRAPPERS[wrapper](env), seed=seed, **(SMALL | target)), Recorder(3)
     model.learn(LONG, callback=recorder)
     envs: list[Any] = env.envs
     next_number = 0
@@ -217,7 +217,7 @@ def test_an_error_in_a_process_ends_training_with_a_note():
 
 # Observations and outputs that are not finite --------------------------------------------------------------------------------
 
-WITH_PYTORCH: dict[str, Any] = dict(baseline=None, policy_kwargs=dict(net_arch=[4], activation_fn=nn.ELU))
+WITH_PYTORCH: dict[str, Any] = dict(n_episodes=None, baseline=None, policy_kwargs=dict(net_arch=[4], activation_fn=nn.ELU))
 
 
 def test_an_observation_that_the_policy_refuses_is_named_at_once():
@@ -252,7 +252,7 @@ def test_an_endless_episode_is_an_error(kind: str, monkeypatch: pytest.MonkeyPat
 def test_max_episode_steps_may_exceed_the_limit(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(source, "_LONG_EPISODE", 1000)
     env = ScriptedEnv([None])
-    assert REINFORCE("MlpPolicy", env, n_episodes=1, max_episode_steps=2500, **SMALL).learn(1).num_timesteps == 2500
+    assert REINFORCE("MlpPolicy", env, n_steps=1, max_episode_steps=2500, **SMALL).learn(1).num_timesteps == 2500
 
 
 def test_a_long_rollout_of_short_episodes_is_no_error(monkeypatch: pytest.MonkeyPatch):

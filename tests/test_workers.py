@@ -35,7 +35,7 @@ MAKE = partial(RandomLengthEnv, 9)
 def an_episode(number: int, n_steps: int) -> Episode:
     """An episode whose rewards are its number."""
     zeros = np.zeros(n_steps)
-    return Episode(zeros, zeros, zeros, zeros + number, zeros, [{}] * n_steps)
+    return Episode(zeros, zeros, zeros, zeros + number, [{}] * n_steps)
 
 
 def number_of(episode: Episode) -> int:
@@ -158,7 +158,7 @@ def test_few_episodes_are_discarded_if_lengths_change(factor: float):
 @pytest.mark.parametrize("action", ["stops", "raises"])
 def test_a_callback_that_ends_training_cancels_waiting_tasks(action: str):
     executor = FakeExecutor(4)
-    model = REINFORCE("MlpPolicy", MAKE, seed=0, n_episodes=8, workers=executor, **SMALL)
+    model = REINFORCE("MlpPolicy", MAKE, seed=0, n_steps=None, n_episodes=8, workers=executor, **SMALL)
 
     def callback(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
         if action == "raises":
@@ -232,7 +232,7 @@ def steps_of(workers: Any, **kwargs: Any) -> tuple[REINFORCE, list[dict[str, Any
         steps.append({name: locals_[name] for name in names} | dict(infos=infos, num_timesteps=model.num_timesteps))
         return True
 
-    model = REINFORCE(**(dict(policy="MlpPolicy", env=MAKE, seed=3, n_steps=40, workers=workers) | kwargs))
+    model = REINFORCE(**(dict(policy="MlpPolicy", env=MAKE, seed=3, n_steps=40, n_episodes=None, workers=workers) | kwargs))
     return model.learn(1, callback=keep), steps
 
 
@@ -337,7 +337,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_workers_make_environments(name: str):
-    kwargs = dict(seed=0, n_episodes=2, **SMALL)
+    kwargs = dict(seed=0, n_steps=None, n_episodes=2, **SMALL)
     models = [REINFORCE("MlpPolicy", ACCEPTED[name], workers=workers, **kwargs) for workers in (FakeExecutor(1), None)]
     np.testing.assert_array_equal(*(model.learn(1).policy.parameters_to_vector() for model in models))
 

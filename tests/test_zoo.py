@@ -39,7 +39,7 @@ ENTRIES = yaml.safe_load((CONFIGS / "reinforce.yml").read_text())
 FIRST_RUN = Path("logs", "reinforce", f"{ENV}_1")
 MODEL = FIRST_RUN / f"{ENV}.zip"
 #: Batches of about 400 transitions
-SHORT = ["-n", "1200", "--eval-episodes", "2", "-params", "n_steps:100"]
+SHORT = ["-n", "1200", "--eval-episodes", "2", "-params", "n_episodes:None", "n_steps:100"]
 
 
 @pytest.fixture(autouse=True)
@@ -146,17 +146,18 @@ def test_a_model_file_is_trained_further_in_a_new_folder(folder: Path, monkeypat
 # Resume
 
 CARTPOLE = "CartPole-v1"
-RESUMABLE = ["--env", CARTPOLE, "--eval-freq", "-1", "-tb", "tensorboard", "-params", "n_steps:40", "n_envs:2"]
+OPTIONS = "--eval-freq -1 -tb tensorboard -params n_episodes:None n_steps:40 n_envs:2"
+RESUMABLE = ["--env", CARTPOLE, *OPTIONS.split()]
 
 
 def stop_at_update(monkeypatch: pytest.MonkeyPatch, n_updates: int, number: int) -> None:
     """Send a signal to this process during an update."""
     compute_gradient = REINFORCE._compute_gradient
 
-    def interrupt(self: REINFORCE) -> None:
+    def interrupt(self: REINFORCE) -> Any:
         if self._n_updates == n_updates:
             signal.raise_signal(number)
-        compute_gradient(self)
+        return compute_gradient(self)
 
     monkeypatch.setattr(REINFORCE, "_compute_gradient", interrupt)
 
@@ -421,7 +422,7 @@ def test_a_linear_schedule_of_the_divergence(tmp_path: Path):
     model = experiment(tmp_path, hyperparams=dict(target_kl="lin_0.02"))
     assert [model.target_kl(progress) for progress in (1.0, 0.5, 0.0)] == [0.02, 0.01, 0.0]
     for wrong in ("falling", "lin_fast"):
-        with pytest.raises(ValueError, match=rf"target_kl must be a schedule, .*, got target_kl='{wrong}'"):
+        with pytest.raises(ValueError, match=rf"target_kl must be 'auto', a schedule, .*, got target_kl='{wrong}'"):
             experiment(tmp_path, hyperparams=dict(target_kl=wrong))
 
 

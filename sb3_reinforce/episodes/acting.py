@@ -102,10 +102,6 @@ class Actor:
         self.policy: Any = policy
         self.noise = noise
         self._has_own_forward = overrides(policy, "forward")
-        #: (n_envs,) values of the latest observations, NaN unless a shared features extractor gives them almost for free
-        self.values: np.ndarray = np.full(len(noise.rngs), np.nan)
-        is_learned = any(True for _ in policy.features_extractor.parameters())
-        self._predicts_values = policy.share_features_extractor and is_learned and not self._has_own_forward
         space = policy.action_space
         self._actions_shape = (-1, *(space.shape or ()))
         # A first dimension avoids broadcasting, which is slow for small arrays
@@ -133,10 +129,7 @@ class Actor:
             if self._has_own_forward:
                 with torch_seeded_from(self.noise.rngs[0], policy.device):
                     return policy(obs_tensor)[0].cpu().numpy()
-            distribution, vf_features = policy.evaluate_observations(obs_tensor)
-            if self._predicts_values:
-                features = policy.baseline_features(vf_features)
-                self.values = policy.value_net.predict(features).cpu().numpy().flatten()
+            distribution, _ = policy.evaluate_observations(obs_tensor)
             if type(distribution) is distributions.StateDependentNoiseDistribution:
                 matrices = th.as_tensor(self._draw_matrices(distribution), device=policy.device)
                 distribution.exploration_mat, distribution.exploration_matrices = matrices[0], matrices

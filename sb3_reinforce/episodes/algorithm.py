@@ -24,7 +24,7 @@ from sb3_reinforce.episodes.rollout import StepsProgressBar, collect_episodes, r
 from sb3_reinforce.episodes.schedule import EpisodeSchedule
 from sb3_reinforce.episodes.source import add_environment_note, reasons_not_reproducible, seed_next_episodes
 from sb3_reinforce.episodes.vec_env import EnvSource, EpisodeRunner, wrap_env
-from sb3_reinforce.episodes.workers import Workers, attach_workers, collect_from_workers
+from sb3_reinforce.episodes.workers import Workers, check_workers, collect_from_workers
 
 SelfEpisodicAlgorithm = TypeVar("SelfEpisodicAlgorithm", bound="EpisodicAlgorithm")
 
@@ -40,6 +40,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
     rollout_buffer: EpisodeRolloutBuffer
     #: Arguments that load() cannot replace, because the policy is fitted with them
     _fixed_arguments: tuple[str, ...] = ()
+    #: Attributes that train() replaces
+    _update_state: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
             self.n_envs = self.env.num_envs
             self._vec_normalize_env = unwrap_vec_normalize(self.env)
             check_spaces(self, policy)
-            attach_workers(workers, self.env)
+            check_workers(workers, self.env)
 
     def set_env(self, env: EnvSource, force_reset: bool = True) -> None:
         """Set the environment, see SB3. In a callback, it is used from the next rollout on."""
@@ -153,7 +155,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
     def _all_or_nothing(self) -> Iterator[None]:
         """Count an update, or restore parameters and counters if an error or Ctrl-C interrupts it."""
         counters = ("_n_updates", "_next_episode", "_n_iterations", "_rollout_start")
-        parameters, before = deepcopy(self.get_parameters()), {name: getattr(self, name) for name in counters}
+        names = (*counters, *self._update_state)
+        parameters, before = deepcopy(self.get_parameters()), {name: getattr(self, name) for name in names}
         try:
             yield
             n_episodes = int(self.rollout_buffer.episode_starts.sum())
@@ -184,7 +187,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("The model has no environment to learn from: give one to load() or set_env()")
-        attach_workers(self.workers, self.env)
+        check_workers(self.workers, self.env)
         if reset_num_timesteps:
             self._last_obs = self._rollout_start = None
             self._n_iterations = 0
@@ -293,10 +296,6 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
 
         ``load(path, env).learn(rest, reset_num_timesteps=False)`` continues a seeded run exactly, on the same machine, with an
         :class:`~sb3_reinforce.EpisodeVecEnv` and environments whose ``reset(seed=...)`` leaves nothing of earlier episodes.
-
-        .. warning::
-            The attributes in a file are pickled, so loading it can execute code. Load only the weights of files that you do
-            not trust, into a new model, with ``set_parameters()``.
 
         :raises ValueError: if the file is damaged, holds a model of another algorithm, does not fit the environment, or
             contains a baseline that is not the one asked for

@@ -16,26 +16,28 @@ class EpisodeRolloutBuffer(RolloutBuffer):
     Rollout buffer for whole episodes with vector, image or dictionary observations. Parameters are SB3's, but the buffer grows
     as needed. :meth:`finish` makes each episode contiguous, ordered by sub-environment: ``observations`` (a dictionary of
     arrays for ``Dict`` spaces), ``actions``, ``rewards``, ``episode_starts``, ``values``, ``returns`` and ``advantages`` (and
-    ``action_values``, if there is a critic of these) then have ``n_transitions`` rows.
+    ``action_values``, if there is a critic of these) then have ``n_transitions`` rows. Values are 0 until they are computed.
     """
 
     observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]
     action_values: np.ndarray
+    #: What the policy that collected the batch says about it
+    evaluations: Any = None
 
     def reset(self) -> None:
         """Remove all transitions."""
-        self.pos, self.full = 0, False
-        # (obs, action, reward, episode_start, active, values) of each step, or episode of a single environment
+        self.pos, self.full, self.evaluations = 0, False, None
+        # (obs, action, reward, episode_start, active) of each step, or episode of a single environment
         self._steps: list[tuple[Any, ...]] = []
 
-    def add(self, obs: Any, action: Any, reward: Any, episode_start: Any, active: Any, values: Any) -> None:
+    def add(self, obs: Any, action: Any, reward: Any, episode_start: Any, active: Any) -> None:  # type: ignore[override]
         """
         Add one step of all sub-environments, or a whole episode of a single one, with arrays of (n_envs, ...): actions before
-        clipping, False in ``active`` for idle sub-environments, and NaN for values that are computed later.
+        clipping, and False in ``active`` for idle sub-environments.
         """
         # Copy to C order: rounding depends on the memory layout, which differs for transposed images
         obs = {key: entry.copy() for key, entry in obs.items()} if isinstance(obs, dict) else obs.copy()
-        self._steps.append((obs, action, reward.astype(np.float64), episode_start, active, values))
+        self._steps.append((obs, action, reward.astype(np.float64), episode_start, active))
         self.pos += len(reward) // self.n_envs
 
     def finish(self) -> tuple[str, Any, int, int, int] | None:
@@ -56,7 +58,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         # Gaussian samples are float32, whatever the type of the action space
         action_dtype = np.float32 if isinstance(self.action_space, spaces.Box) else self.action_space.dtype
         actions = join(columns[0], action_dtype)
-        rewards, episode_starts, active, values = map(join, columns[1:])
+        rewards, episode_starts, active = map(join, columns[1:])
         rows = {
             f"observation {key!r}" if key else "observation": join([entry[key] for entry in obs] if key else obs, space.dtype)
             for key, space in entries.items()
@@ -67,29 +69,29 @@ class EpisodeRolloutBuffer(RolloutBuffer):
             return rows[:, 0] if self.n_envs == 1 else rows.swapaxes(0, 1)[active.T]
 
         self.actions = flatten(actions).reshape((-1, self.action_dim))
-        self.rewards, self.episode_starts, self.values = map(flatten, (rewards, episode_starts, values))
+        self.rewards, self.episode_starts = map(flatten, (rewards, episode_starts))
         observations = {
             key: flatten(entry).reshape((-1, *get_obs_shape(space)))
             for (key, space), entry in zip(entries.items(), rows.values(), strict=True)
         }
         self.observations = observations if isinstance(self.observation_space, spaces.Dict) else observations[""]
-        self.returns, self.advantages = np.zeros((2, len(self.rewards)))
+        self.values, self.returns, self.advantages = np.zeros((3, len(self.rewards)))
         self.full, self.buffer_size = True, len(self.rewards)
         return find_not_finite({**rows, "action": actions, "reward": rewards}, episode_starts & active, active)
 
     def size(self) -> int:
         return len(self.rewards) if self.full else self.pos
 
-    def get(self, batch_size: int | None = None) -> Generator[RolloutBufferSamples, None, None]:
-        """Iterate over all transitions once, in order, ``batch_size`` (None: all) at a time."""
+    def get(
+        self, batch_size: int | None = None, rows: np.ndarray | None = None
+    ) -> Generator[RolloutBufferSamples, None, None]:
+        """Iterate over the transitions in some ``rows`` (None: all) once, in order, ``batch_size`` (None: all) at a time."""
         assert self.full, "The rollout is not finished"
-        size = batch_size or self.size()
-        for start in range(0, self.size(), size):
-            yield self._get_samples(slice(start, start + size))
-
-    def evenly_spaced(self, max_size: int) -> RolloutBufferSamples:
-        """At most ``max_size`` transitions, evenly spaced over the batch."""
-        return self._get_samples(slice(None, None, math.ceil(self.size() / max_size)))
+        n_rows = self.size() if rows is None else len(rows)
+        size = batch_size or n_rows
+        for start in range(0, n_rows, size):
+            chunk = slice(start, start + size)
+            yield self._get_samples(chunk if rows is None else rows[chunk])
 
     def _get_samples(self, batch_inds: np.ndarray | slice, env: Any = None) -> RolloutBufferSamples:
         observations: Any = (

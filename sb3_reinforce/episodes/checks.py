@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import open_path
 
 #: Stored in each model file as ``file_format``. The number increases when older files cannot be loaded.
-FILE_FORMAT = "sb3_reinforce.REINFORCE 3"
+FILE_FORMAT = "sb3_reinforce.REINFORCE 4"
 
 _ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 _RESHAPE = "wrap the environment, e.g. with TransformObservation or TransformAction of gymnasium.wrappers"

@@ -19,6 +19,7 @@ class ObservationNormalizer(nn.Module):
     Images and discrete observations are returned unchanged; each vector entry of a ``Dict`` space has its own statistics.
     """
 
+    count_0: th.Tensor
     #: Absolute bound of normalized observations
     clip = 10.0
     #: Added to the variance to avoid a division by zero
@@ -59,9 +60,7 @@ class ObservationNormalizer(nn.Module):
             running.mean, running.var, count = (buffer.cpu().numpy() for buffer in buffers)
             running.count = float(count)
             batch = observations[key] if isinstance(observations, dict) else observations
-            size = max(1, CHUNK // max(1, batch[0].size))
-            for start in range(0, len(batch), size):
-                running.update(batch[start : start + size].astype(np.float64))
+            running.update(batch.astype(np.float64))
             if not np.isfinite(running.var).all():
                 raise ValueError(f"The variance of the observations {key!r} is not finite: scale them down")
             for buffer, value in zip(buffers, (running.mean, running.var, running.count), strict=True):

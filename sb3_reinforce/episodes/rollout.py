@@ -6,7 +6,6 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_reinforce.episodes.acting import EpisodeNoise, make_actor
 from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
@@ -43,7 +42,7 @@ def collect_episodes(
     n_steps = n_env_steps = 0
     while schedule.n_active or schedule.wants_more():
         actions, clipped_actions = source.act(act, obs)
-        active, n_active = schedule.active, schedule.n_active
+        active, n_active, n_before = schedule.active, schedule.n_active, schedule.n_steps - schedule.start_steps
         new_obs, rewards, dones, infos = source.step(clipped_actions)
         n_stepped = n_active if source.skips_idle_envs else env.num_envs
         model.num_timesteps += n_stepped
@@ -58,9 +57,9 @@ def collect_episodes(
         if len(dones.nonzero()[0]):
             model._update_info_buffer(infos, dones)
             if model.bootstrap_timeouts:
-                rewards = rewards + model.gamma * timeout_values(model.policy, infos)
+                rewards = rewards + model.gamma * timeout_values(model.policy, infos, n_before + 1)
         if n_active:
-            rollout_buffer.add(obs, actions, rewards, episode_starts, active, act.values)
+            rollout_buffer.add(obs, actions, rewards, episode_starts, active)
         episode_starts = within_episode
         if schedule.started:
             noise.begin(schedule.started, schedule.numbers)
@@ -90,26 +89,22 @@ def finish_rollout(rollout_buffer: EpisodeRolloutBuffer, schedule: EpisodeSchedu
     logger.record("rollout/idle_fraction", 1.0 - schedule.n_transitions / n_env_steps)
 
 
-def timeout_values(policy: ActorCriticPolicy, infos: list[dict[str, Any]]) -> np.ndarray:
-    """(n_envs,) values of the last observations of episodes that ended by a time limit, else 0 (SB3 issue 633)."""
+def timeout_values(policy: Any, infos: list[dict[str, Any]], n_steps: np.ndarray) -> np.ndarray:
+    """(n_envs,) values of the last observations of episodes that a time limit ended after n_steps, else 0 (SB3 issue 633)."""
     values = np.zeros(len(infos))
     for idx, info in enumerate(infos):
         if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
             with th.no_grad():
-                values[idx] = policy.predict_values(policy.obs_to_tensor(info["terminal_observation"])[0]).item()
+                obs, _ = policy.obs_to_tensor(info["terminal_observation"])
+                values[idx] = policy.predict_values(obs, th.as_tensor(n_steps[[idx]], device=policy.device)).item()
     return values
 
 
 class StepsProgressBar(ProgressBarCallback):
     """SB3's progress bar, moved by ``num_timesteps``, which do not include idle sub-environments."""
 
-    def _on_training_start(self) -> None:
-        super()._on_training_start()
-        self._n_shown: int = self.model.num_timesteps
-
     def _on_step(self) -> bool:
-        self.pbar.update(self.num_timesteps - self._n_shown)
-        self._n_shown = self.num_timesteps
+        self.pbar.update(self.num_timesteps - self.model._num_timesteps_at_start - self.pbar.n)
         return True
 
 

@@ -28,8 +28,6 @@ class Episode(NamedTuple):
     actions: np.ndarray
     clipped_actions: np.ndarray
     rewards: np.ndarray
-    #: (T,) values of the observations, NaN if they are computed later
-    values: np.ndarray
     infos: list[dict[str, Any]]
 
 
@@ -113,7 +111,7 @@ def _run_episode(config: SimpleNamespace, env: VecEnv, act: Actor, number: int) 
     while schedule.n_active:
         actions, clipped_actions = source.act(act, obs)
         new_obs, rewards, _, infos = source.step(clipped_actions)
-        steps.append((obs, actions[0], clipped_actions[0], rewards[0], act.values[0], infos[0]))
+        steps.append((obs, actions[0], clipped_actions[0], rewards[0], infos[0]))
         obs = new_obs
     all_obs, *columns, all_infos = zip(*steps, strict=True)
     is_dict = isinstance(all_obs[0], dict)

@@ -1,6 +1,5 @@
 """A ``VecEnv`` for numbered episodes: one reset per episode, and idle sub-environments are not stepped."""
 
-import functools
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -43,8 +42,8 @@ class EpisodeRunner(VecEnv):
         #: Arguments of :func:`wrap_env`
         self.maker: str | EnvSpec | Callable[[], GymEnv] | None = None
         self.max_episode_steps: int | None = None
-        #: Whether workers run the episodes, in environments that they keep under this name
-        self.has_workers, self.name = False, uuid.uuid4().hex
+        #: Workers keep their environments under this name
+        self.name = uuid.uuid4().hex
         # Sub-environments at the start of an episode, with the seed of their reset; idle ones at the end of an episode
         self._at_start: dict[int, int | None] = {}
         self._at_end: set[int] = set()
@@ -56,19 +55,6 @@ class EpisodeRunner(VecEnv):
     def begin_episodes(self, schedule: EpisodeSchedule) -> VecEnvObs:
         """Reset the sub-environments that start an episode, except those that ``reset()`` has just reset for it."""
         raise NotImplementedError()
-
-
-def _unless_workers(method: Callable[..., Any]) -> Any:
-    @functools.wraps(method)
-    def call(self: EpisodeRunner, *args: Any, **kwargs: Any) -> Any:
-        if self.has_workers:
-            raise RuntimeError(
-                f"{method.__name__}() has no effect, because workers=... runs the episodes in other environments. Call "
-                "model.set_env() with a function that makes the changed environment"
-            )
-        return method(self, *args, **kwargs)
-
-    return call
 
 
 class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
@@ -150,10 +136,6 @@ class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
             if env_idx not in self._at_start or seed not in (None, self._at_start[env_idx]):
                 self._save_obs(env_idx, self._reset_env(env_idx, seed))
         return self._obs_from_buf()
-
-    set_attr = _unless_workers(DummyVecEnv.set_attr)
-    env_method = _unless_workers(DummyVecEnv.env_method)
-    set_options = _unless_workers(DummyVecEnv.set_options)
 
     def _obs_from_buf(self) -> VecEnvObs:
         if self._array is not None:

@@ -18,24 +18,19 @@ from sb3_reinforce.episodes.rollout import finish_rollout, timeout_values
 from sb3_reinforce.episodes.schedule import EpisodeSchedule
 from sb3_reinforce.episodes.source import skips_idle_envs
 from sb3_reinforce.episodes.tasks import Episode, pack_config, run_episodes, start_process
-from sb3_reinforce.episodes.vec_env import EpisodeRunner
 
 
-def attach_workers(workers: Any, env: VecEnv) -> None:
-    """Tell an environment whether workers run its episodes. Raise a ValueError if they cannot make it."""
-    inner: Any = env.unwrapped
+def check_workers(workers: Any, env: VecEnv) -> None:
+    """Raise a ValueError if workers cannot make an environment."""
     if workers is None:
-        if isinstance(inner, EpisodeRunner):
-            inner.has_workers = False
         return
     if not isinstance(workers, Executor):
         check_count("workers", workers)
-    if not skips_idle_envs(env) or env.num_envs > 1 or inner.maker is None:
+    if not skips_idle_envs(env) or env.num_envs > 1 or env.unwrapped.maker is None:  # type: ignore[attr-defined]
         raise ValueError(
             f"workers={workers!r} cannot use the environment {env}, because each worker makes its own. Give its id, an "
             "EnvSpec, or a function that makes it with all its wrappers (instead of VecNormalize: normalize_observations=True)"
         )
-    inner.has_workers = True
 
 
 class Workers:
@@ -135,16 +130,16 @@ def collect_from_workers(
     model.policy.set_training_mode(False)
     rollout_buffer.reset()
     callback.on_rollout_start()
-    attach_workers(model.workers, model.env)
+    check_workers(model.workers, model.env)
     active, n_steps = np.ones(1, dtype=bool), 0
     known: dict[str, Any] = dict(model=model, env=model.env, callback=callback, rollout_buffer=rollout_buffer)
     known |= dict(schedule=schedule, active=active, n_rollout_steps=n_rollout_steps)
     for episode in workers.episodes(pack_config(model), schedule):
         rewards, at_end = episode.rewards.astype(np.float64), np.arange(len(episode.rewards)) == len(episode.rewards) - 1
         if model.bootstrap_timeouts:
-            rewards[-1] += model.gamma * timeout_values(model.policy, episode.infos[-1:])[0]
+            rewards[-1] += model.gamma * timeout_values(model.policy, episode.infos[-1:], np.array([len(rewards)]))[0]
         starts = np.roll(at_end, 1)
-        rollout_buffer.add(episode.observations, episode.actions, rewards, starts, np.ones_like(starts), episode.values)
+        rollout_buffer.add(episode.observations, episode.actions, rewards, starts, np.ones_like(starts))
         for step in _steps(episode, at_end):
             model.num_timesteps += 1
             n_steps += 1

@@ -12,6 +12,7 @@ Your own scripts must call :func:`register` before they call rl_zoo3.
 import argparse
 import functools
 import importlib
+import inspect
 import os
 import re
 import runpy
@@ -142,8 +143,8 @@ class Experiments(_Base):
         if self.workers:
             hyperparams["workers"] = self.workers
             # With workers, there is a single environment: keep the number of transitions per batch
-            if "n_steps" in hyperparams:
-                hyperparams["n_steps"] *= self.n_envs
+            n_steps = hyperparams.get("n_steps", inspect.signature(REINFORCE).parameters["n_steps"].default)
+            hyperparams["n_steps"] = None if n_steps is None else n_steps * self.n_envs
         return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
 
     def _preprocess_schedules(self, hyperparams: dict[str, Any]) -> dict[str, Any]:
@@ -261,10 +262,11 @@ def sample_reinforce_params(trial: Any, n_actions: int, n_envs: int, additional_
     :return: arguments of the algorithm
     """
     sampled_params = {
-        "n_steps": trial.suggest_int("n_steps", 128, 2048, log=True),
+        "n_steps": trial.suggest_int("n_steps", 128, 4096, log=True),
+        "n_episodes": trial.suggest_int("n_episodes", 2, 20, log=True),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.001, 0.1, log=True),
-        "target_kl": trial.suggest_float("target_kl", 1e-3, 0.1, log=True),
-        "cg_damping": trial.suggest_float("cg_damping", 0.01, 10.0, log=True),
+        "target_kl": trial.suggest_categorical("target_kl", ["auto", 0.003, 0.01, 0.03]),
+        "cg_damping": trial.suggest_categorical("cg_damping", ["auto", 0.1, 1.0, 10.0]),
         "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
         "baseline": trial.suggest_categorical("baseline", ["linear", "random_features"]),
         "baseline_memory": trial.suggest_float("baseline_memory", 0.0, 0.9),

@@ -151,7 +151,7 @@ def test_overridden_methods_decide_how_a_policy_acts(override, base, share_featu
 @every_override
 @every_base
 def test_the_gradient_uses_overridden_log_probabilities_and_entropies(override, base):
-    model, expected = make_overriding_model(override, base, ent_coef=0.1, n_envs=2), []
+    model, expected = make_overriding_model(override, base, ent_coef=0.1, target_kl=0.01, cg_damping=0.1, n_envs=2), []
 
     class Expect(BaseCallback):
         def _on_step(self):
@@ -186,20 +186,23 @@ def test_the_gradient_uses_overridden_log_probabilities_and_entropies(override, 
 @pytest.mark.parametrize("action_space", [PAIR, CHOICE, spaces.MultiBinary(2)], ids=str)
 @pytest.mark.parametrize("baseline", ["random_features", None])
 def test_the_custom_policy_of_sb3s_documentation_learns(action_space, baseline, tmp_path):
-    """Its critic branch is the feature map of the baseline."""
+    """The features of the baseline are made from the output of its critic branch."""
     model = make_model(CustomActorCriticPolicy, action_space, n_envs=3, baseline=baseline)
     check_learns_and_predicts(model)
     observations = th.rand(200, 3)
     with th.no_grad():
         values = model.policy.predict_values(observations).double().ravel().numpy()
-        latent = model.policy.mlp_extractor.forward_critic(observations).double()
+        latent = model.policy.mlp_extractor.forward_critic(observations)
+        latent = model.policy.value_net.features(latent).double()
     if baseline is None:
         assert not values.any()
     else:
         design = th.cat([latent, th.ones(200, 1)], dim=1).numpy()
+        # Some may be truncated
+        is_inside = (values > values.min()) & (values < values.max())
+        design, values = design[is_inside], values[is_inside]
         fitted = design @ np.linalg.lstsq(design, values, rcond=None)[0]
-        low, high = (getattr(model.policy.value_net, name, -np.inf) for name in ("low", "high"))
-        assert np.ptp(values) > 1e-3 and (low, high) == (-np.inf, -np.inf)
+        assert np.ptp(values) > 1e-3 and len(values) > design.shape[1]
         np.testing.assert_allclose(values, fitted, atol=1e-6)
     model.save(tmp_path / "model")
     loaded = REINFORCE.load(tmp_path / "model", env=model.get_env())
@@ -236,7 +239,7 @@ class BatchNormDropout(BaseFeaturesExtractor):
 @pytest.mark.parametrize("policy, share", [("MlpPolicy", True), ("MlpPolicy", False), (ActorCriticPolicy, True)])
 def test_one_pass_of_the_update_is_in_training_mode_and_nothing_else(policy, share):
     kwargs = dict(features_extractor_class=BatchNormDropout, share_features_extractor=share)
-    model, modes = make_model(policy, policy_kwargs=kwargs), []
+    model, modes = make_model(policy, normalize_observations=False, policy_kwargs=kwargs), []
     extractor = model.policy.pi_features_extractor
     extractor.register_forward_hook(lambda module, *_: modes.append(module.training))
     before = deepcopy(dict(extractor.batch_norm.state_dict()))

@@ -19,7 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_reinforce import REINFORCE, InverseTimeDecay
+from sb3_reinforce import REINFORCE
 from tests.envs import RandomEnv
 from tests.runs.common import CHOICE, PAIR, VECTOR, assert_same, state
 
@@ -87,9 +87,11 @@ def configs(draw: Callable[..., Any]) -> dict[str, Any]:
     """Environments, and valid arguments of a model."""
     config = dict(n_envs=draw(some(1, 2, 3)), observations=draw(some(*OBSERVATIONS)), max_length=draw(some(1, 6)))
     actions, baseline = draw(some(*ACTIONS)), draw(some("linear", "random_features", None))
+    n_steps, n_episodes = draw(some((1, None), (5, None), (12, None), (None, 1), (None, 4), (9, 3)))
     arguments = dict(
-        [draw(some(("n_steps", 1), ("n_steps", 5), ("n_steps", 12), ("n_episodes", 1), ("n_episodes", 4)))],
-        target_kl=draw(some(None, 0.02, InverseTimeDecay(0.1, halving=2))),
+        n_steps=n_steps,
+        n_episodes=n_episodes,
+        target_kl=draw(some(None, 0.02, "auto")),
         use_sde=isinstance(actions, spaces.Box) and draw(st.booleans()),
         sde_sample_freq=draw(some(-1, 3)),
         advantage=draw(some("monte_carlo", "q", "advantage", "td")) if baseline else "monte_carlo",
@@ -203,6 +205,9 @@ class REINFORCEMachine(RuleBasedStateMachine):
     def learn(self, callback: Disturbance, reset: bool = False, errors: Any = ()) -> BaseException | None:
         """Learn, compare all counters with their expected values, and return the error that was raised."""
         before, n_steps, error = self.model.num_timesteps, self.world.n_steps, None
+        if reset:
+            # The steps of the update begin anew
+            self.undisturbed._n_iterations = 0
         try:
             self.model.learn(15, callback, reset_num_timesteps=reset)
         except errors as raised:

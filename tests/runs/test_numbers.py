@@ -16,8 +16,8 @@ from gymnasium import spaces
 from sb3_reinforce import REINFORCE
 from tests.runs.common import CHOICE, PAIR, assert_same, state
 
-GRADIENT = r"The gradient of update \d+ is not finite, and the step was not taken"
-UNDONE = r"Update \d+ was undone(: lower the learning rate|\. No step along the gradient leaves the policy finite)"
+UNDONE = r"Update \d+ was undone\. (The divergence .* is infinite|Expected (parameter|value))"
+GRADIENT = r"Update \d+ was undone\. The gradient is not finite"
 BASELINE = "The baseline cannot be fitted to features or returns that are NaN, infinite or near overflow"
 STATISTICS = "The variance of the observations '' is not finite: scale them down"
 ACTION = "The policy returned the action .* NaN, infinite, or too large for float32"
@@ -156,7 +156,7 @@ CASES = {
     "target_kl_of_1e-300": Case(kwargs=dict(target_kl=1e-300)),
     "target_kl_of_1e300": Case(kwargs=dict(target_kl=1e300)),
     "damping_of_1e-300": Case(kwargs=dict(cg_damping=1e-300, target_kl=0.02)),
-    "damping_of_1e300": Case(kwargs=dict(cg_damping=1e300, target_kl=0.02), refused=always(UNDONE)),
+    "damping_of_1e300": Case(kwargs=dict(cg_damping=1e300, target_kl=0.02), may=UNDONE),
     "learning_rate_of_1e30": Case(kwargs=dict(learning_rate=1e30, target_kl=None), refused=always(UNDONE)),
     "ent_coef_of_1e30": Case(kwargs=dict(ent_coef=1e30), refused=always(GRADIENT)),
     "gamma_of_1e-300": Case(kwargs=dict(gamma=1e-300)),
@@ -183,7 +183,7 @@ def assert_finite(model: REINFORCE, refused: bool = False) -> None:
 
 
 def check_training(case: Case, setting: dict[str, Any], n_updates: int = 3) -> None:
-    kwargs = dict(n_episodes=3, seed=0, device="cpu", **setting) | case.kwargs
+    kwargs = dict(n_steps=None, n_episodes=3, seed=0, device="cpu", **setting) | case.kwargs
     kwargs["policy_kwargs"] = dict(net_arch=[4]) | kwargs.get("policy_kwargs", {})
     if kwargs["baseline"] == "random_features":
         kwargs["baseline_kwargs"] = dict(n_units=8)
@@ -213,12 +213,3 @@ def test_training_stays_finite_or_is_refused(name: str, every: int):
         warnings.filterwarnings("ignore", "overflow encountered|invalid value encountered|underflow", RuntimeWarning)
         for setting in SETTINGS[list(CASES).index(name) % every :: every]:
             check_training(CASES[name], setting)
-
-
-def test_a_learning_rate_that_overflows_float32_is_refused():
-    with pytest.raises(ValueError, match="learning_rate"):
-        REINFORCE("MlpPolicy", NumbersEnv(Case()), learning_rate=1e300, target_kl=None, seed=0)
-    model = REINFORCE("MlpPolicy", NumbersEnv(Case()), learning_rate=lambda p: 1e300 if p < 1 else 0.1, target_kl=None, seed=0)
-    with pytest.raises(ValueError, match="learning_rate"):
-        model.learn(10_000)
-    assert_finite(model)

@@ -50,7 +50,7 @@ class Delayed(RandomLengthEnv):
 
 #: Arguments of REINFORCE that differ from the usual ones
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "n_steps": dict(n_steps=12, max_episode_steps=7),
+    "n_steps": dict(n_steps=12, n_episodes=None, max_episode_steps=7, bootstrap_timeouts=True),
     "own_forward": dict(n_episodes=3, policy=OwnForward, env=partial(Delayed, 9)),
     "gsde": dict(n_episodes=3, use_sde=True, sde_sample_freq=3),
     "discrete": dict(n_episodes=3, env=partial(RandomLengthEnv, 9, CHOICE), advantage="q"),
@@ -67,13 +67,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def make_model(workers: Any, policy: Any = "MlpPolicy", env: Any = MAKE, **kwargs: Any) -> REINFORCE:
-    return REINFORCE(policy, env, **(dict(seed=SEED, workers=workers) | kwargs))
+    return REINFORCE(policy, env, **(dict(n_steps=None, seed=SEED, workers=workers) | kwargs))
 
 
 def summary(model: REINFORCE) -> dict[str, Any]:
     """Parameters, counters and episodes of a model."""
     return dict(
-        parameters=dict(model.get_parameters()),
+        parameters=[dict(model.get_parameters()), model.damping_scores.tolist()],
         counters=[model.num_timesteps, model._n_updates, model._next_episode, model._n_iterations, model._episode_num],
         episodes=[(info["r"], info["l"]) for info in model.ep_info_buffer or ()],
     )
@@ -272,7 +272,7 @@ from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
 from tests.runs.test_runs_on_workers import Delayed
 
 if __name__ == "__main__":
-    model = REINFORCE("MlpPolicy", partial(Delayed, 30), seed=3, workers=2, n_episodes=40)
+    model = REINFORCE("MlpPolicy", partial(Delayed, 30), seed=3, workers=2, n_steps=None, n_episodes=40)
 
     def tell(locals_, globals_):
         if model._n_updates == 2:
