@@ -19,6 +19,7 @@ ADVANTAGES = Path(__file__).parent.parent / "docs" / "advantages.md"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SCALING = Path(__file__).parent.parent / "docs" / "scaling.md"
+STEP = Path(__file__).parent.parent / "docs" / "step.md"
 WHERE = Path(__file__).parent.parent / "docs" / "where.md"
 #: Python of the virtual environment with the peer libraries (``make peers``)
 PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from benchmarks import where_figures
-from benchmarks.common import ADVANTAGES, IMAGES, PAGE, README, fill, read_folder
+from benchmarks.common import ADVANTAGES, IMAGES, PAGE, README, STEP, fill, read_folder
 from benchmarks.learning import FOLDER
 from sb3_reinforce.returns import AdvantageName
 from sb3_reinforce.tools.report.estimates import count, interval, iqm
@@ -41,9 +41,44 @@ COLORS = {
 LABELS = {"race-workers": "reinforce, workers=2 (two cores)", "race-envpool": "reinforce on EnvPool"}
 #: Runs without comparable timings, because other processes ran at the same time
 STEPS_ONLY = ("race-a2c", "race-tianshou")
-#: Prefix of the folders of the advantage functions
-ADVANTAGE = "advantage-"
-ADVANTAGE_COLORS = dict(zip(get_args(AdvantageName), ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True))
+
+
+class Group(NamedTuple):
+    """Runs of variants on the same tasks: folders of ``prefix`` and variant, and the page with their table and figure."""
+
+    prefix: str
+    colors: dict[str, str]
+    page: Path
+    block: str
+    column: str
+
+
+GROUPS = (
+    Group(
+        "advantage-",
+        dict(zip(get_args(AdvantageName), ("tab:blue", "tab:red", "tab:green", "tab:orange"), strict=True)),
+        ADVANTAGES,
+        "advantages",
+        "`advantage`",
+    ),
+    Group(
+        "step-",
+        {
+            "chosen": "tab:blue",
+            "plain": "tab:gray",
+            "damping-1": "tab:orange",
+            "damping-0.1": "tab:red",
+            "damping-0.3": "tab:pink",
+            "bootstrap": "tab:brown",
+            "no-time": "tab:green",
+            "no-time-bootstrap": "tab:olive",
+        },
+        STEP,
+        "step-table",
+        "step",
+    ),
+)
+PREFIXES = tuple(group.prefix for group in GROUPS)
 
 #: Published returns on older versions of the MuJoCo tasks: Tianshou's REINFORCE after 10 M steps, Spinning Up's VPG after 3 M
 #: and RL Zoo's TRPO after 1 M; None if there is no published return
@@ -134,8 +169,8 @@ def table() -> str:
     rows: list[tuple[Any, ...]] = []
     for folder in sorted(FOLDER.glob("*/*")):
         runs = [run for run in read(folder.parent.name, folder.name) if run["final_returns"]]
-        # Races end at the first pass. The advantage functions are in docs/advantages.md
-        if not runs or folder.name.startswith(("race-", ADVANTAGE)):
+        # Races end at the first pass. Groups have pages of their own
+        if not runs or folder.name.startswith(("race-", *PREFIXES)):
             continue
         steps = np.median([run["timesteps"] for run in runs])
         seconds = np.median([run["seconds"] for run in runs])
@@ -172,8 +207,7 @@ def commands() -> str:
     """Generate the commands of all runs. Environments and algorithms with the same options share a line."""
     seeds: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
     for folder in sorted(FOLDER.glob("*/*")):
-        # The advantage functions are in docs/advantages.md
-        for run in [] if folder.name.startswith(ADVANTAGE) else read(folder.parent.name, folder.name):
+        for run in [] if folder.name.startswith(PREFIXES) else read(folder.parent.name, folder.name):
             seeds[run["env"], run["name"], run["algo"], options(run["command"])].append(run["seed"])
     envs: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     for (env_id, name, algo, others), found in seeds.items():
@@ -190,20 +224,20 @@ def commands() -> str:
     return "\n".join([*lines, "```"])
 
 
-def advantage_table() -> str:
-    """Create a table with one row per environment and advantage function."""
+def group_table(group: Group) -> str:
+    """Create a table with one row per environment and variant."""
     rows: list[tuple[Any, ...]] = []
-    for env_id in advantage_envs():
-        for name in ADVANTAGE_COLORS:
-            returns = finals(env_id, ADVANTAGE + name)
+    for env_id in group_envs(group):
+        for name in group.colors:
+            returns = finals(env_id, group.prefix + name)
             if len(returns):
                 rows.append((env_id, name, len(returns), cells(returns)))
-    return markdown(["environment", "`advantage`", "seeds", "return: IQM [95% interval]", "worst and best seed"], rows)
+    return markdown(["environment", group.column, "seeds", "return: IQM [95% interval]", "worst and best seed"], rows)
 
 
-def advantage_envs() -> list[str]:
-    """Return the environments with runs of the advantage functions, the lander first."""
-    return sorted({path.parent.name for path in FOLDER.glob(f"*/{ADVANTAGE}*")}, reverse=True)
+def group_envs(group: Group) -> list[str]:
+    """Return the environments with runs of a group."""
+    return sorted({path.parent.name for path in FOLDER.glob(f"*/{group.prefix}*")}, reverse=True)
 
 
 def band(axes: Any, runs: list[dict[str, Any]], what: str, color: str, label: str) -> None:
@@ -252,25 +286,27 @@ def curves(env_id: str, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def advantage_curves(path: Path) -> None:
-    """Plot the evaluations of the advantage functions against steps, with one panel per environment."""
+def group_curves(group: Group) -> None:
+    """Plot the evaluations of a group against steps, with one panel per environment."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    env_ids = advantage_envs()
-    figure, panels = plt.subplots(1, len(env_ids), figsize=(5 * len(env_ids), 3.8), squeeze=False, constrained_layout=True)
-    for axes, env_id in zip(panels[0], env_ids, strict=True):
-        for name, color in ADVANTAGE_COLORS.items():
-            if runs := read(env_id, ADVANTAGE + name):
+    env_ids = group_envs(group)
+    n_rows = (len(env_ids) + 2) // 3
+    size = (5 * min(3, len(env_ids)), 3.8 * n_rows)
+    figure, panels = plt.subplots(n_rows, min(3, len(env_ids)), figsize=size, squeeze=False, constrained_layout=True)
+    for axes, env_id in zip(panels.flat, env_ids, strict=False):
+        for name, color in group.colors.items():
+            if runs := read(env_id, group.prefix + name):
                 band(axes, runs, "steps", color, name)
         axes.set(xlabel="steps", title=env_id)
         if env_id == LANDER:
             axes.axhline(SOLVED, color="gray", linestyle=":")
     panels[0, 0].set_ylabel("return of the deterministic policy")
-    panels[0, -1].legend()
-    figure.savefig(path, dpi=100)
+    panels.flat[len(env_ids) - 1].legend()
+    figure.savefig(IMAGES / f"{group.page.stem}.png", dpi=100)
 
 
 def below_after_pass(run: dict[str, Any], steps: int = 50_000) -> list[bool]:
@@ -391,10 +427,10 @@ def main() -> None:
     fill(README, "headline", headline())
     fill(README, "peers", peers())
     print(f"{table()}\n\n{headline()}")
-    if advantage_envs():
-        advantage_curves(IMAGES / "advantages.png")
-        fill(ADVANTAGES, "advantages", advantage_table())
-        print(f"\n{advantage_table()}")
+    for group in filter(group_envs, GROUPS):
+        group_curves(group)
+        fill(group.page, group.block, group_table(group))
+        print(f"\n{group_table(group)}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization, unwrap_vec_normalize
 
-from benchmarks import common
+from benchmarks import common, reaching  # noqa: F401 (registers Reaching-v0)
 from benchmarks.common import RESULTS, provenance, run_all, write_json
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, EpisodeVecEnv
 from sb3_reinforce.tools import EnvPoolVecEnv

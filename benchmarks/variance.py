@@ -40,9 +40,16 @@ from torch import nn
 from benchmarks.common import ADVANTAGES, IMAGES, RESULTS, fill, provenance, write_json
 from benchmarks.throughput import Nothing
 from sb3_reinforce import REINFORCE, EpisodeRolloutBuffer
-from sb3_reinforce.baselines import FEATURE_MAPS, ActionValues, LinearBaseline
+from sb3_reinforce.baselines import BASELINES, ActionValues, BaselineFeatures, LinearBaseline
 from sb3_reinforce.natural_gradient import flatten
-from sb3_reinforce.returns import action_advantages, monte_carlo_advantages, policy_gradient_loss, q_advantages, td_advantages
+from sb3_reinforce.returns import (
+    action_advantages,
+    monte_carlo_advantages,
+    policy_gradient_loss,
+    q_advantages,
+    steps_since_episode_start,
+    td_advantages,
+)
 
 RESULT = RESULTS / "variance.json"
 #: Training stops at this mean return of the last 20 episodes
@@ -70,10 +77,14 @@ FITTED = {"": "", "fresh": "the same batch", "old": "the previous batch", "memor
 COLORS = {"monte_carlo": "tab:blue", "q": "tab:red", "advantage": "tab:green", "td": "tab:orange"}
 
 
+#: Features of the states of a batch, and steps since the start of their episodes
+States = tuple[th.Tensor, th.Tensor]
+
+
 class Constant(nn.Module):
     """Constant feature: the fit is the mean return."""
 
-    def forward(self, features: th.Tensor) -> th.Tensor:
+    def forward(self, features: th.Tensor, n_steps: th.Tensor | None = None) -> th.Tensor:
         return features.new_ones(len(features), 1)
 
 
@@ -90,30 +101,28 @@ class Critics:
     def __init__(self, name: str, n_features: int, action_space: spaces.Space, memory: float = 0.0):
         self.name = name
         self.memory = memory
-        feature_map, ridge = FEATURE_MAPS.get(name, (None, 0.0))
+        n_units, time, ridge = BASELINES.get(name, (0, False, 0.0))
         # Use the same random features with and without memory
         th.manual_seed(SEED)
-        self.map: Any = feature_map(n_features) if feature_map is not None else nn.Identity()
-        if name == "mean":
-            self.map = Constant()
+        self.map: Any = Constant() if name == "mean" else BaselineFeatures(n_features, n_units, time)
         self.values = LinearBaseline(self.map(th.zeros(1, n_features)).shape[1], ridge, memory)
         self.action_values = ActionValues(self.values.n_features, action_space, ridge=ridge, memory=memory)
 
-    def predict(self, features: th.Tensor, actions: th.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, states: States, actions: th.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return (n_transitions,) state values and action values."""
-        mapped = self.map(features)
+        mapped = self.map(*states)
         values = self.values.predict(mapped), self.action_values.predict(mapped, actions)
         return values[0].numpy().flatten(), values[1].numpy().flatten()
 
-    def fit(self, features: th.Tensor, actions: th.Tensor, returns: np.ndarray) -> None:
-        mapped = self.map(features)
+    def fit(self, states: States, actions: th.Tensor, returns: np.ndarray) -> None:
+        mapped = self.map(*states)
         self.values.fit(mapped.numpy(), returns)
         self.action_values.fit(mapped, actions, returns)
 
 
 def half_trained(env_id: str) -> REINFORCE:
     """Train a model with the default hyperparameters until its training episodes reach the target."""
-    model = REINFORCE("MlpPolicy", env_id, seed=SEED, device="cpu", stats_window_size=20)
+    model = REINFORCE("MlpPolicy", env_id, n_steps=None, seed=SEED, device="cpu", stats_window_size=20)
     returns = [-np.inf]
     while len(returns) < 20 or np.mean(returns) < TARGETS[env_id]:
         model.learn(1, reset_num_timesteps=False)
@@ -125,18 +134,18 @@ def batches(model: REINFORCE, n_batches: int) -> Iterator[EpisodeRolloutBuffer]:
     """Collect batches without training the model."""
     callback = Nothing()
     callback.init_callback(model)
-    assert model.env is not None and model.n_episodes is not None
+    assert model.env is not None
     for _ in range(n_batches):
         model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
         # Continue with new episodes, as train() does
-        model._next_episode += model.n_episodes
+        model._next_episode += int(model.rollout_buffer.episode_starts.sum())
         yield model.rollout_buffer
 
 
-def judge(buffer: EpisodeRolloutBuffer, critics: Critics, features: th.Tensor, fitted: str) -> dict[Variant, np.ndarray]:
+def judge(buffer: EpisodeRolloutBuffer, critics: Critics, states: States, fitted: str) -> dict[Variant, np.ndarray]:
     """Compute the advantages of a batch with all advantage functions (only Monte-Carlo with "mean")."""
     name = critics.name
-    values, action_values = critics.predict(features, th.as_tensor(buffer.actions))
+    values, action_values = critics.predict(states, th.as_tensor(buffer.actions))
     advantages = {Variant("monte_carlo", name, fitted): monte_carlo_advantages(buffer.returns, values)}
     if name != "mean":
         td = td_advantages(buffer.rewards, buffer.episode_starts, values, buffer.gamma)
@@ -146,14 +155,14 @@ def judge(buffer: EpisodeRolloutBuffer, critics: Critics, features: th.Tensor, f
     return advantages
 
 
-def all_advantages(buffer: EpisodeRolloutBuffer, critics: list[Critics], features: th.Tensor) -> dict[Variant, np.ndarray]:
+def all_advantages(buffer: EpisodeRolloutBuffer, critics: list[Critics], states: States) -> dict[Variant, np.ndarray]:
     """Compute the advantages of a batch for all variants, and fit the critics to the batch."""
     advantages = {NO_BASELINE: monte_carlo_advantages(buffer.returns, np.zeros(buffer.size()))}
     for pair in critics:
-        advantages |= judge(buffer, pair, features, "memory" if pair.memory else "old")
-        pair.fit(features, th.as_tensor(buffer.actions), buffer.returns)
+        advantages |= judge(buffer, pair, states, "memory" if pair.memory else "old")
+        pair.fit(states, th.as_tensor(buffer.actions), buffer.returns)
         if not pair.memory:
-            advantages |= judge(buffer, pair, features, "fresh")
+            advantages |= judge(buffer, pair, states, "fresh")
     return advantages
 
 
@@ -254,9 +263,9 @@ def summary(of_variant: dict[Variant, np.ndarray]) -> list[dict[str, Any]]:
 def measure(env_id: str, n_batches: int) -> dict[str, Any]:
     """Train a policy and measure the variance of its gradient."""
     model = half_trained(env_id)
-    n_steps = model.num_timesteps
+    n_trained = model.num_timesteps
     n_features = model.policy.features_dim
-    critics = [Critics(name, n_features, model.action_space) for name in ("mean", *FEATURE_MAPS)]
+    critics = [Critics(name, n_features, model.action_space) for name in ("mean", *BASELINES)]
     critics.append(Critics("random_features", n_features, model.action_space, MEMORY))
     of_variant: dict[Variant, list[np.ndarray]] = defaultdict(list)
     explained: dict[str, list[float]] = defaultdict(list)
@@ -266,7 +275,8 @@ def measure(env_id: str, n_batches: int) -> dict[str, Any]:
         with th.no_grad():
             features = model.policy.extract_features(next(buffer.get()).observations)
             assert isinstance(features, th.Tensor)
-        advantages = all_advantages(buffer, critics, features)
+            n_steps = th.as_tensor(steps_since_episode_start(buffer.episode_starts))
+        advantages = all_advantages(buffer, critics, (features, n_steps))
         if number < 1:
             continue
         for variant, gradient in zip(advantages, gradients(model, list(advantages.values())), strict=True):
@@ -284,7 +294,7 @@ def measure(env_id: str, n_batches: int) -> dict[str, Any]:
         provenance(),
         seed=SEED,
         target=TARGETS[env_id],
-        training_steps=n_steps,
+        training_steps=n_trained,
         mean_return=round(float(np.mean(returns)), 2),
         std_return=round(float(np.std(returns)), 2),
         batches=n_batches,
@@ -298,7 +308,7 @@ def measure(env_id: str, n_batches: int) -> dict[str, Any]:
 
 def current_variants(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the figures of all variants whose feature map still exists."""
-    return [row for row in result["variants"] if row["critic"] in ("", "mean", *FEATURE_MAPS)]
+    return [row for row in result["variants"] if row["critic"] in ("", "mean", *BASELINES)]
 
 
 #: Offsets and markers of the plot, by the data that the critics are fitted to
