@@ -44,8 +44,9 @@ DIRECTIVE = re.compile(r"^```\{(?:image|include|figure)\} (\S+)", re.MULTILINE)
 FILLED = {
     "README.md": ["headline", "peers", "train"],
     "docs/advantages.md": ["advantages", "variance"],
-    "docs/benchmarks.md": ["article", "beside", "learning", "mujoco", "soak", "throughput"],
+    "docs/benchmarks.md": ["article", "beside", "league", "learning", "mujoco", "soak", "throughput"],
     "docs/scaling.md": ["paper", "workers"],
+    "docs/step.md": ["step-table"],
     "docs/where.md": [f"where-{task}" for task in TASKS],
 }
 
