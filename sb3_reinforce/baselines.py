@@ -46,8 +46,6 @@ class BaselineFeatures(nn.Module):
     :param gamma: discount factor: the unit of time is ``1 / (1 - gamma)`` steps, at most 1000, the horizon of the returns
     """
 
-    #: Bound of the time
-    clip = 10.0
     weight: th.Tensor
     bias: th.Tensor
 
@@ -67,9 +65,10 @@ class BaselineFeatures(nn.Module):
         """
         if math.isfinite(self.time_unit):
             time = features.new_zeros(len(features)) if n_steps is None else n_steps.to(features) / self.time_unit
-            features = th.cat([features, time.clamp(max=self.clip)[:, None]], dim=-1)
-        units = th.tanh(nn.functional.linear(features, self.weight, self.bias)) if len(self.bias) else features[:, :0]
-        return th.cat([features, units], dim=-1)
+            features = th.cat([features, time.clamp(max=10.0)[:, None]], dim=-1)
+        if len(self.bias) == 0:
+            return features
+        return th.cat([features, th.tanh(nn.functional.linear(features, self.weight, self.bias))], dim=-1)
 
 
 #: ``baseline=`` -> default number of random units, whether the time is a feature, and default ridge

@@ -338,6 +338,11 @@ def test_the_logged_divergence_is_that_of_the_new_policy_from_the_one_that_sampl
         before, after = (policy.get_distribution(states).distribution for policy in (old[-1], model.policy))
         expected = th.distributions.kl_divergence(before, after).sum(dim=1).mean().item()
         assert model.logger.name_to_value["train/kl_divergence_loss"] == pytest.approx(expected, rel=1e-3)
+        # The step itself begins at the sampling policy with the new statistics
+        old[-1].observation_normalizer.load_state_dict(model.policy.observation_normalizer.state_dict())
+        start = old[-1].get_distribution(states).distribution
+        step = th.distributions.kl_divergence(start, after).sum(dim=1).mean().item()
+        assert target_kl is None or step == pytest.approx(target_kl, rel=2e-3)
 
 
 @every_advantage

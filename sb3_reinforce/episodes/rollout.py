@@ -42,7 +42,8 @@ def collect_episodes(
     n_steps = n_env_steps = 0
     while schedule.n_active or schedule.wants_more():
         actions, clipped_actions = source.act(act, obs)
-        active, n_active, n_before = schedule.active, schedule.n_active, schedule.n_steps - schedule.start_steps
+        active, n_active = schedule.active, schedule.n_active
+        n_before: Any = schedule.n_steps - schedule.start_steps if model.bootstrap_timeouts else 0
         new_obs, rewards, dones, infos = source.step(clipped_actions)
         n_stepped = n_active if source.skips_idle_envs else env.num_envs
         model.num_timesteps += n_stepped
