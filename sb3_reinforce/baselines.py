@@ -112,14 +112,10 @@ class LinearBaseline(nn.Module):
         self.ridge = ridge
         self.memory = memory
         self.truncate = truncate
-        self.register_buffer("weight", th.zeros(1, n_features, dtype=th.float64))
-        self.register_buffer("bias", th.zeros(1, dtype=th.float64))
-        self.register_buffer("low", th.zeros((), dtype=th.float64))
-        self.register_buffer("high", th.zeros((), dtype=th.float64))
         # Moments of [features, return] over the remembered batches; of the scatter matrix, the upper triangle
-        self.register_buffer("count", th.zeros((), dtype=th.float64))
-        self.register_buffer("mean", th.zeros(n_features + 1, dtype=th.float64))
-        self.register_buffer("scatter", th.zeros((n_features + 1) * (n_features + 2) // 2, dtype=th.float64))
+        moments = dict(count=(), mean=(n_features + 1,), scatter=((n_features + 1) * (n_features + 2) // 2,))
+        for name, shape in (dict(weight=(1, n_features), bias=(1,), low=(), high=()) | moments).items():
+            self.register_buffer(name, th.zeros(shape, dtype=th.float64))
 
     def forward(self, features: th.Tensor, n_steps: th.Tensor | None = None) -> th.Tensor:
         """Predict the returns of states, see :class:`BaselineFeatures`."""
@@ -155,10 +151,9 @@ class LinearBaseline(nn.Module):
         if not (np.isfinite(moments.mean).all() and np.isfinite(moments.scatter).all()):
             raise ValueError("The baseline cannot be fitted to features or returns that are NaN, infinite or near overflow")
         weight, bias = _fit_moments(self._remember(moments), self.ridge)
-        self.weight.copy_(th.as_tensor(weight)[None])
-        self.bias.fill_(bias)
-        self.low.fill_(returns.min())
-        self.high.fill_(returns.max())
+        fitted = (weight, bias, returns.min(), returns.max())
+        for buffer, value in zip((self.weight, self.bias, self.low, self.high), fitted, strict=True):
+            buffer.copy_(th.as_tensor(value))
 
     def _remember(self, moments: Moments) -> Moments:
         """Merge the moments of a batch into the remembered ones."""

@@ -20,8 +20,8 @@ from sb3_reinforce.policies import BaselinePolicy, flatten
 
 #: Dampings that batches choose from, the first one where nothing is known
 DAMPINGS = np.array([0.1, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0])
-#: Mean scores before the first batch, and weight of the latest batch in them
-_PRIOR, _NEWEST = (0.03, 0.24), 0.1
+#: Weight of the latest batch in the mean scores
+_NEWEST = 0.1
 
 Product = Callable[[th.Tensor], th.Tensor]
 
@@ -121,11 +121,6 @@ def krylov_space(product: Product, gradient: th.Tensor, max_steps: int) -> Krylo
     return KrylovSpace(basis, fisher, (scale * norm).item())
 
 
-def initial_scores(n_dampings: int) -> np.ndarray:
-    """(2, n_dampings) scores before the first batch, see :func:`cross_validate`."""
-    return np.outer(_PRIOR, np.ones(n_dampings))
-
-
 def cross_validate(halves: Sequence[th.Tensor], spaces: Sequence[KrylovSpace], dampings: np.ndarray) -> np.ndarray:
     """
     Judge dampings: each half of a batch proposes directions, and the other half judges them.
@@ -192,14 +187,11 @@ def length_of_divergence(
         divergence = divergence_at(length)
         if abs(divergence - target) <= tolerance * target:
             return
-        if divergence < target:
-            low = length
-        else:
-            high = length
-        factor = math.sqrt(target / divergence) if 0 < divergence < math.inf else math.inf
+        low, high = (length, high) if divergence < target else (low, length)
+        length *= math.sqrt(target / divergence) if 0 < divergence < math.inf else math.inf
         # Bisect at times: the divergence may be far from quadratic
-        is_inside = low < factor * length < high and (n < 4 or n % 2 == 1)
-        length = factor * length if is_inside else (low + high) / 2
+        if not low < length < high or (n >= 4 and n % 2 == 0):
+            length = (low + high) / 2
     divergence_at(low)
 
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import explained_variance
 
-from sb3_reinforce import returns
+from sb3_reinforce import natural_gradient, returns
 from sb3_reinforce.checks import check_hyperparameters
 from sb3_reinforce.episodes.acting import overrides
 from sb3_reinforce.episodes.algorithm import EpisodicAlgorithm
@@ -23,14 +23,6 @@ from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.episodes.checks import check_scheduled
 from sb3_reinforce.episodes.schedule import torch_seeded_from, update_rng
 from sb3_reinforce.episodes.vec_env import EnvSource
-from sb3_reinforce.natural_gradient import (
-    DAMPINGS,
-    divergence_of_signal,
-    fisher_vector_product,
-    initial_scores,
-    natural_direction,
-    natural_step,
-)
 from sb3_reinforce.policies import BaselineName, BaselinePolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, flatten, with_baseline
 
 #: Maximum number of parameters for which a batch is halved, because a Krylov space takes memory
@@ -148,7 +140,7 @@ class REINFORCE(EpisodicAlgorithm):
         super().__init__(policy, env, learning_rate, n_steps, n_episodes, max_episode_steps, **kwargs)
         self.target_kl = target_kl
         #: Running means of :func:`~sb3_reinforce.natural_gradient.cross_validate`
-        self.damping_scores = initial_scores(len(DAMPINGS))
+        self.damping_scores = np.zeros((2, len(natural_gradient.DAMPINGS)))
         self.cg_max_steps = cg_max_steps
         self.cg_damping = cg_damping
         self.normalize_advantage = normalize_advantage
@@ -269,6 +261,9 @@ class REINFORCE(EpisodicAlgorithm):
                     else:
                         distribution, _ = policy.evaluate_observations(batch.observations)
                         log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
+                        # With target_kl=None, the algorithm is the textbook's
+                        if self.target_kl is not None and isinstance(self.action_space, spaces.Box):
+                            log_prob = returns.clipped_log_prob(distribution, actions, self.action_space)
                     policy_gradient_loss = returns.policy_gradient_loss(log_prob, batch.advantages)
                     entropy_loss = returns.entropy_loss(log_prob, entropy)
                     loss = policy_gradient_loss + self.ent_coef * entropy_loss
@@ -302,26 +297,26 @@ class REINFORCE(EpisodicAlgorithm):
         # The whole batch, unless networks or observations are large
         rows = np.arange(0, self.rollout_buffer.size(), math.ceil(self.rollout_buffer.size() / self.policy.chunk_size()))
         states = next(self.rollout_buffer.get(None, rows)).observations
-        dampings = DAMPINGS if self.cg_damping == "auto" else np.array([self.cg_damping])
-        fits = self.damping_scores.shape[1] == len(dampings)
-        scores = self.damping_scores if fits else initial_scores(len(dampings))
+        dampings = natural_gradient.DAMPINGS if self.cg_damping == "auto" else np.array([self.cg_damping])
+        scores = self.damping_scores if self.damping_scores.shape[1] == len(dampings) else np.zeros((2, len(dampings)))
 
         def divergence() -> Any:
             new[:] = self._evaluate_batch()
             return self._divergence(old, new)
 
         try:
-            product = fisher_vector_product(self.policy, states, parameters)
+            product = natural_gradient.fisher_vector_product(self.policy, states, parameters)
         except NotImplementedError as error:
             raise ValueError(f"A {type(old[0][0]).__name__} has no closed-form divergence: set target_kl=None") from error
-        direction, chosen, scores = natural_direction(product, gradients, dampings, scores, self.cg_max_steps)
-        self.damping_scores, signal = scores, float(scores[0, chosen] / scores[1, chosen])
+        direction, chosen, scores = natural_gradient.natural_direction(product, gradients, dampings, scores, self.cg_max_steps)
+        self.damping_scores, signal = scores, float(scores[0, chosen] / max(scores[1, chosen], 1e-30))
         if len(gradients) > 1:
             self.logger.record("train/cg_damping", float(dampings[chosen]))
             self.logger.record("train/gradient_signal", signal)
-        target_kl = divergence_of_signal(signal, self._n_iterations) if target_kl == "auto" else float(target_kl)
+        if target_kl == "auto":
+            target_kl = natural_gradient.divergence_of_signal(signal, self._n_iterations)
         check_scheduled("target_kl", target_kl, self._current_progress_remaining)
-        natural_step(parameters, direction, product, divergence, target_kl)
+        natural_gradient.natural_step(parameters, direction, product, divergence, float(target_kl))
         return new or self._evaluate_batch()
 
     @th.no_grad()

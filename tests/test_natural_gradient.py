@@ -28,7 +28,6 @@ from sb3_reinforce.natural_gradient import (
     divergence_of_signal,
     fisher_vector_product,
     flatten,
-    initial_scores,
     krylov_space,
     length_of_divergence,
     natural_direction,
@@ -259,8 +258,6 @@ def test_judged_improvements_are_unbiased_and_promised_ones_too_large():
 
 def test_the_divergence_grows_with_the_share_of_the_promise_that_is_confirmed():
     """It has bounds, and what is taken for granted becomes less with each update."""
-    judged, promised = initial_scores(3)
-    assert len(set(judged)) == len(set(promised)) == 1 and len(judged) == 3
     before = math.inf
     for n in (0, 1, 100, 10_000):
         least, most = divergence_of_signal(-0.3, n), divergence_of_signal(1.0, n)
@@ -268,7 +265,6 @@ def test_the_divergence_grows_with_the_share_of_the_promise_that_is_confirmed():
         assert most == divergence_of_signal(0.25, n) == 0.0125
         assert divergence_of_signal(0.2, 10_000) == pytest.approx(2 * divergence_of_signal(0.1, 10_000))
         before = least
-    assert divergence_of_signal(judged[0] / promised[0], 0) == divergence_of_signal(0.0, 0)
 
 
 # The step --------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -22,6 +23,7 @@ from stable_baselines3.common.distributions import (
 from sb3_reinforce.returns import (
     action_advantages,
     batch_normalize,
+    clipped_log_prob,
     discounted_returns,
     entropy_loss,
     kl_divergence,
@@ -162,6 +164,37 @@ def test_the_gradient_of_the_policy_gradient_loss_is_minus_the_policy_gradient(d
     loss.backward()
     assert loss.item() == pytest.approx(value, rel=1e-9, abs=1e-9)
     np.testing.assert_allclose(parameter.grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (-0.2, 3), (-np.inf, 0.5), (-np.inf, np.inf)])
+@given(st.floats(-3, 3), st.floats(-2, 2))
+def test_clipping_keeps_the_expected_policy_gradient_and_reduces_its_variance(
+    low: float, high: float, loc: float, log_std: float
+):
+    """Integrals over normal actions, with advantages that depend on what the environment sees."""
+    deviations = th.linspace(-10, 10, 20_001, dtype=th.float64)
+    weights = th.exp(-(deviations**2) / 2)
+    actions = loc + math.exp(log_std) * deviations[:, None]
+    advantages = th.sin(3 * actions.clamp(low, high)).flatten()
+    space = spaces.Box(low, high, (1,), np.float64)
+    parameters = [th.tensor([value], dtype=th.float64, requires_grad=True) for value in (loc, log_std)]
+    mean, log_stds = (parameter.expand(len(actions), 1) for parameter in parameters)
+    distribution = DiagGaussianDistribution(1).proba_distribution(mean, log_stds)
+    moments = []
+    for log_prob in (distribution.log_prob(actions), clipped_log_prob(distribution, actions, space)):
+        scores = th.stack(th.autograd.grad(log_prob.sum(), (mean, log_stds), retain_graph=True)).squeeze(-1)
+        moments.append([(scores * advantages) @ weights / weights.sum(), (scores * advantages) ** 2 @ weights / weights.sum()])
+    (expected, before), (gradient, after) = moments
+    np.testing.assert_allclose(gradient, expected, atol=2e-3)
+    assert (after <= before + 2e-3).all()
+
+
+def test_squashed_actions_are_not_clipped():
+    space, actions = spaces.Box(-1, 1, (2,)), th.tensor([[0.9, -0.9]])
+    gsde = StateDependentNoiseDistribution(2, squash_output=True)
+    gsde.proba_distribution_net(3)
+    squashed = gsde.proba_distribution(th.zeros(1, 2), th.zeros(3, 2), th.ones(1, 3))
+    assert th.equal(clipped_log_prob(squashed, actions, space), squashed.log_prob(actions))
 
 
 def test_entropy_loss_is_minus_the_mean_entropy_or_its_estimate():

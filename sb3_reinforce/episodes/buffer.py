@@ -46,9 +46,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         sub-environment, position of the episode in the rollout, and number of steps of the episode before it.
         """
         obs, *columns = zip(*self._steps, strict=True)
-        entries = (
-            self.observation_space.spaces if isinstance(self.observation_space, spaces.Dict) else {"": self.observation_space}
-        )
+        space = self.observation_space
+        entries = space.spaces if isinstance(space, spaces.Dict) else {"": space}
         self._steps, self.observations = [], {}
 
         def join(arrays: Any, dtype: Any = None) -> np.ndarray:
