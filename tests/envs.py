@@ -125,6 +125,10 @@ def scripted(lengths_of_each: list[list[int | None]], **kwargs: Any) -> DummyVec
     return DummyVecEnv([make(index) for index in range(len(lengths_of_each))])
 
 
+class OwnVecEnv(DummyVecEnv):
+    """Stepped as it is, because it is a subclass."""
+
+
 class Simulators(VecEnv):
     """
     Simulators in one array, as on a GPU, which reset themselves: only the first ``reset()`` does anything.

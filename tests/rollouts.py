@@ -170,6 +170,22 @@ def check_whole(rollouts: list[dict[str, Any]]) -> None:
             assert len(set(map(tuple, episode[:, -3:-1]))) == 1
 
 
+def assert_same(one: Any, other: Any) -> None:
+    """Values, types and structure of two nestings are the same to the bit, except for times of monitors."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one.keys() - {"t"}:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, np.ndarray):
+        assert one.dtype == other.dtype and np.array_equal(one, other)
+    else:
+        assert one == other
+
+
 def state_of(model: REINFORCE) -> np.ndarray:
     """Copy weights, baseline and statistics into a vector."""
     return np.concatenate([value.numpy().ravel().copy() for value in model.policy.state_dict().values()])

@@ -26,7 +26,7 @@ from sb3_reinforce.tools import checkpoints
 from sb3_reinforce.tools.checkpoints import write_atomically
 from tests.envs import RandomLengthEnv
 from tests.rollouts import StopAt, state_of
-from tests.runs.common import monitor_rows, scalars, wait_for_the_next_second
+from tests.runs.common import monitor_rows, scalars, stop_at_update, wait_for_the_next_second
 
 TOTAL = 120
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -331,23 +331,12 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
 @each_signal
 @pytest.mark.parametrize("is_last", [False, True])
 def test_an_update_is_finished_before_a_signal_stops_training(
-    is_last: bool,
-    number: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    whole: REINFORCE,
+    is_last: bool, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, whole: REINFORCE
 ):
     """A signal in the last update also ends the program."""
-    n_updates, compute_gradient = whole._n_updates - 1 if is_last else 2, REINFORCE._compute_gradient
-
-    def interrupt(self: REINFORCE) -> Any:
-        if self._n_updates == n_updates:
-            signal.raise_signal(number)
-        return compute_gradient(self)
-
+    n_updates = whole._n_updates - 1 if is_last else 2
     with monkeypatch.context() as patch:
-        patch.setattr(REINFORCE, "_compute_gradient", interrupt)
+        stop_at_update(patch, n_updates, number)
         model = stop_by_signal(number, AtomicCheckpointCallback(tmp_path))
     assert model._n_updates == n_updates + 1
     resumed = resume(capsys)
@@ -443,19 +432,13 @@ def closed_files() -> Iterator[None]:
         opened.pop().close()
 
 
-def monitored(folder: Path, override_existing: bool, n_envs: int = 1, vec_env_class: Any = DummyVecEnv) -> VecEnv:
+def monitored(folder: Path, override_existing: bool, n_envs: int = 1) -> VecEnv:
     def make(index: int) -> Callable[[], gym.Env]:
         path = str(folder / str(index))
         return lambda: Monitor(RandomLengthEnv(9), path, override_existing=override_existing)
 
-    opened.append(vec_env_class([make(index) for index in range(n_envs)]))
+    opened.append(DummyVecEnv([make(index) for index in range(n_envs)]))
     return opened[-1]
-
-
-MONITORED: dict[str, tuple[Callable[[Path, bool], VecEnv], dict[str, Any]]] = {
-    "single": (monitored, {}),
-    "several": (lambda folder, override: monitored(folder, override, 3), dict(n_steps=8)),
-}
 
 
 def n_rows(folder: Path) -> int:
@@ -501,19 +484,19 @@ def stopped(tmp_path: Path) -> Path:
     return interrupted(tmp_path, monitored(tmp_path, True), tensorboard_log=str(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "n_updates"), [("single", 0), *((name, 3) for name in MONITORED)])
-def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(name: str, n_updates: int, tmp_path: Path):
+@pytest.mark.parametrize(("n_envs", "n_steps", "n_updates"), [(1, 20, 0), (1, 20, 3), (3, 8, 3)])
+def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(n_envs: int, n_steps: int, n_updates: int, tmp_path: Path):
     """Episodes in ``Monitor`` files and values in TensorBoard logs: each step once. Times continue."""
-    make_env, kwargs = MONITORED[name]
     log, folder, n_before = tmp_path / "whole", tmp_path / "parts", []
     log.mkdir()
     folder.mkdir()
-    make_model(make_env(log, True), tensorboard_log=str(log), **kwargs).learn(TOTAL, Each(step=log_within_rollouts))
-    path = interrupted(folder, make_env(folder, True), n_updates, tensorboard_log=str(folder), **kwargs)
+    uninterrupted = make_model(monitored(log, True, n_envs), tensorboard_log=str(log), n_steps=n_steps)
+    uninterrupted.learn(TOTAL, Each(step=log_within_rollouts))
+    path = interrupted(folder, monitored(folder, True, n_envs), n_updates, tensorboard_log=str(folder), n_steps=n_steps)
     n_stopped, start = n_rows(folder), REINFORCE.load(path).num_timesteps
     look = at("start", n_updates, lambda: n_before.append(n_rows(folder)))
     wait_for_the_next_second()
-    resumed = REINFORCE.load(path, make_env(folder, False))
+    resumed = REINFORCE.load(path, monitored(folder, False, n_envs))
     learn_all(resumed, [Each(step=log_within_rollouts), look, AtomicCheckpointCallback(folder)])
     assert monitor_rows(folder) == monitor_rows(log)
     # The stopped rollout had finished episodes

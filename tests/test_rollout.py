@@ -19,7 +19,7 @@ from sb3_reinforce import REINFORCE
 from sb3_reinforce.episodes.acting import MlpActor
 from sb3_reinforce.episodes.schedule import episode_rng, episode_seed
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
-from tests.envs import RandomLengthEnv, ScriptedEnv, Simulators, scripted, subproc
+from tests.envs import OwnVecEnv, RandomLengthEnv, ScriptedEnv, Simulators, scripted, subproc
 from tests.rollouts import (
     LONG,
     SMALL,
@@ -274,10 +274,6 @@ def test_a_rollout_stopped_by_a_callback_is_repeated(kind: str):
         check_whole(recorder.rollouts)
     else:
         np.testing.assert_array_equal(*states)
-
-
-class OwnVecEnv(DummyVecEnv):
-    """Stepped as it is, because it is a subclass."""
 
 
 @pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt()], ids=repr)

@@ -14,7 +14,7 @@ from sb3_reinforce import REINFORCE
 from sb3_reinforce.episodes import source
 from sb3_reinforce.episodes.schedule import episode_seed
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
-from tests.envs import ScriptedEnv, Simulators, scripted, subproc
+from tests.envs import OwnVecEnv, ScriptedEnv, Simulators, scripted, subproc
 from tests.rollouts import (
     LONG,
     SMALL,
@@ -142,8 +142,7 @@ def failing(episode: int, step: int, n_envs: int, kind: str) -> tuple[VecEnv, Ex
     spoil = spoil_at("reward" if step else "observation", episode, step, error)
     fns: list[Any] = [*[lambda: ScriptedEnv([4])] * (n_envs - 1), lambda: ScriptedEnv([4], n_envs - 1, spoil=spoil)]
     if kind == "subclass":
-        # Stepped as it is
-        return type("OwnVecEnv", (DummyVecEnv,), {})(fns), error
+        return OwnVecEnv(fns), error
     return (DummyVecEnv(fns) if kind == "plain" else VecNormalize(EpisodeVecEnv(fns))), error
 
 

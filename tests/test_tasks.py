@@ -24,6 +24,7 @@ from sb3_reinforce.episodes import tasks
 from sb3_reinforce.episodes.schedule import episode_seed
 from sb3_reinforce.episodes.tasks import pack_config, run_episodes, start_process
 from tests.envs import RandomEnv, RandomLengthEnv, ScriptedEnv
+from tests.rollouts import assert_same
 
 VECTOR = spaces.Box(-1, 1, (3,))
 PAIR = spaces.Box(-1, 1, (2,))
@@ -53,23 +54,6 @@ def run(content: bytes, numbers: range, name: str = "config") -> list[Any]:
     episodes, error = run_episodes(name, content, numbers)
     assert error is None
     return episodes
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Check that nested structures of arrays are equal to the bit, except for times of monitors."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one.keys() - {"t"}:
-            assert_same(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    elif isinstance(one, np.ndarray):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-    else:
-        assert one == other
 
 
 # Configurations

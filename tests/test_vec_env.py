@@ -11,30 +11,16 @@ import pytest
 from gymnasium import spaces
 from gymnasium.wrappers import RescaleAction, TimeLimit, TransformReward
 from stable_baselines3 import A2C
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv, wrap_env
-from tests.envs import RandomEnv, RandomLengthEnv, ScriptedEnv, Simulators, subproc
-from tests.rollouts import SMALL
+from tests.envs import OwnVecEnv, RandomEnv, RandomLengthEnv, ScriptedEnv, Simulators, subproc
+from tests.rollouts import SMALL, assert_same
 
 VECTOR = spaces.Box(-1, 1, (3,))
 IMAGE = spaces.Box(0, 255, (36, 36, 1), dtype=np.uint8)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Compare values, types and structure, except for times of monitors."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(key == "t" or same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    if isinstance(one, np.ndarray):
-        return one.dtype == other.dtype and np.array_equal(one, other)
-    return bool(one == other)
 
 
 def both(make: Callable[[], gym.Env], n_envs: int) -> tuple[EpisodeVecEnv, DummyVecEnv]:
@@ -51,11 +37,11 @@ def test_returns_the_same_as_dummy_vec_env(space: spaces.Space):
     mine, theirs = both(lambda: Monitor(RandomEnv(space, spaces.Discrete(2), 4)), 3)
     for env in (mine, theirs):
         env.seed(3)
-    assert same(mine.reset(), theirs.reset())
+    assert_same(mine.reset(), theirs.reset())
     for _ in range(40):
-        assert same(mine.step(np.zeros(3, dtype=int)), theirs.step(np.zeros(3, dtype=int)))
-        assert same(mine.reset_infos, theirs.reset_infos)
-        assert same(mine.buf_infos, theirs.buf_infos)
+        assert_same(mine.step(np.zeros(3, dtype=int)), theirs.step(np.zeros(3, dtype=int)))
+        assert_same(mine.reset_infos, theirs.reset_infos)
+        assert_same(mine.buf_infos, theirs.buf_infos)
 
 
 class Recycling(ScriptedEnv):
@@ -80,7 +66,7 @@ def test_returned_objects_do_not_change():
         env.reset()
     returned = [(mine.step(np.zeros((2, 2))), theirs.step(np.zeros((2, 2)))) for _ in range(12)]
     for one, other in returned:
-        assert same(one, other)
+        assert_same(one, other)
     assert returned[0][0][3][0]["nested"] == {"n": [1]}
 
 
@@ -96,9 +82,9 @@ def test_is_a_dummy_vec_env_again_after_an_interrupted_rollout(error: type[BaseE
         REINFORCE("MlpPolicy", mine, n_steps=10, seed=0, **SMALL).learn(1, callback=interrupt)
     for env in (mine, theirs):
         env.seed(3)
-    assert same(mine.reset(), theirs.reset())
+    assert_same(mine.reset(), theirs.reset())
     for _ in range(20):
-        assert same(mine.step(np.zeros((3, 2))), theirs.step(np.zeros((3, 2))))
+        assert_same(mine.step(np.zeros((3, 2))), theirs.step(np.zeros((3, 2))))
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -192,14 +178,11 @@ def test_ids_functions_and_environments_become_an_episode_vec_env():
 
 
 def test_a_dummy_vec_env_is_converted_and_a_subclass_is_not():
-    class Own(DummyVecEnv):
-        pass
-
     fns: list[Any] = [lambda: ScriptedEnv([6]), lambda: ScriptedEnv([2])]
-    dummy, own = DummyVecEnv(fns), Own(fns)
+    dummy, own = DummyVecEnv(fns), OwnVecEnv(fns)
     assert wrap_env(dummy) is dummy and type(dummy) is EpisodeVecEnv
     model = REINFORCE("MlpPolicy", own, n_steps=1, **SMALL).learn(1)
-    assert model.env is own and type(own) is Own
+    assert model.env is own and type(own) is OwnVecEnv
     # The idle environment is stepped
     assert model.num_timesteps == 12
 
@@ -270,9 +253,3 @@ def test_max_episode_steps_is_used_wherever_an_environment_is_given_and_refused_
     assert REINFORCE.load(tmp_path / "model", env=model.env).env is model.env
     with pytest.raises(ValueError, match="max_episode_steps=6 cannot be applied"):
         REINFORCE.load(tmp_path / "model", env=model.env, max_episode_steps=6)
-
-
-def test_make_vec_env_limits_episodes_as_the_message_says():
-    env = make_vec_env("Pendulum-v1", n_envs=2, env_kwargs={"max_episode_steps": 5})
-    model = REINFORCE("MlpPolicy", env, n_steps=10, **SMALL).learn(1)
-    assert {info["l"] for info in model.ep_info_buffer} == {5}

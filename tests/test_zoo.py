@@ -21,16 +21,15 @@ import optuna
 import pytest
 import rl_zoo3.exp_manager
 import rl_zoo3.train
-import torch as th
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from torch import nn
 
 from sb3_reinforce import REINFORCE, EpisodeVecEnv
 from sb3_reinforce.tools import zoo
-from tests.runs.common import assert_same_parameters, monitor_rows, scalars, wait_for_the_next_second
+from tests.runs.common import assert_same_parameters, monitor_rows, scalars, stop_at_update, wait_for_the_next_second
+from tests.test_reinforce import ARTICLE
 
 ENV = "LunarLanderContinuous-v3"
 ROOT = Path(__file__).parent.parent
@@ -148,18 +147,6 @@ def test_a_model_file_is_trained_further_in_a_new_folder(folder: Path, monkeypat
 CARTPOLE = "CartPole-v1"
 OPTIONS = "--eval-freq -1 -tb tensorboard -params n_episodes:None n_steps:40 n_envs:2"
 RESUMABLE = ["--env", CARTPOLE, *OPTIONS.split()]
-
-
-def stop_at_update(monkeypatch: pytest.MonkeyPatch, n_updates: int, number: int) -> None:
-    """Send a signal to this process during an update."""
-    compute_gradient = REINFORCE._compute_gradient
-
-    def interrupt(self: REINFORCE) -> Any:
-        if self._n_updates == n_updates:
-            signal.raise_signal(number)
-        return compute_gradient(self)
-
-    monkeypatch.setattr(REINFORCE, "_compute_gradient", interrupt)
 
 
 def logs(folder: Path) -> dict[str, Any]:
@@ -380,20 +367,17 @@ def test_training_environments_skip_idle_steps(tmp_path: Path):
     assert type(experiment(tmp_path, CARTPOLE, "ppo").env) is DummyVecEnv
 
 
-@pytest.mark.parametrize("env", ENTRIES)
+@pytest.mark.parametrize("env", [env for env in ENTRIES if env != "default"])
 def test_every_entry_builds_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str):
     # MuJoCo writes a log to the working folder
     monkeypatch.chdir(tmp_path)
-    if env == "default":
-        assert "MountainCar-v0" not in ENTRIES
-        env = "MountainCar-v0"
     if "mujoco" in str(gym.spec(env).entry_point) and find_spec("mujoco") is None:
         pytest.skip("MuJoCo is not installed: pip install 'sb3-reinforce[mujoco]'")
-    model = experiment(tmp_path, env)
-    assert isinstance(model, REINFORCE)
+    assert isinstance(experiment(tmp_path, env), REINFORCE)
 
 
 def test_the_default_entry_has_the_default_hyperparameters(tmp_path: Path):
+    assert "MountainCar-v0" not in ENTRIES
     model = experiment(tmp_path, "MountainCar-v0")
     default = REINFORCE("MlpPolicy", "MountainCar-v0")
     for name in signature(REINFORCE).parameters.keys() - {"policy", "env", "verbose", "seed", "device", "_init_setup_model"}:
@@ -427,28 +411,15 @@ def test_a_linear_schedule_of_the_divergence(tmp_path: Path):
 
 
 def test_the_recipe_of_the_article(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its settings are those that give the article's algorithm in tests/test_reinforce.py."""
     monkeypatch.chdir(tmp_path)
     model = experiment(tmp_path, config="article.yml")
     # More than 3000 steps
-    assert (model.n_envs, model.gamma, model.n_episodes, model.n_steps) == (1, 0.97, None, 3001)
-    assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3] * 3
-    assert (model.ent_coef, model.target_kl, model.use_sde) == (0.0, None, False)
-    assert (model.normalize_advantage, model.normalize_observations, model.bootstrap_timeouts) == (True, False, False)
-    assert (model.baseline, model.baseline_memory, model.policy.value_net.ridge) == ("linear", 0.0, 0.0)
-    assert model.max_episode_steps is None
-    policy = model.policy
-    layers = [*policy.mlp_extractor.policy_net, policy.action_net]
-    assert [type(layer) for layer in layers] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
-    for layer, size in zip(layers[::2], ((8, 32), (32, 32), (32, 2)), strict=True):
-        assert (layer.in_features, layer.out_features) == size
-        # Glorot-uniform
-        bound = (6 / sum(size)) ** 0.5
-        assert 0.8 * bound < layer.weight.abs().max() <= bound
-        assert not layer.bias.any()
-    assert th.equal(policy.log_std, th.zeros(2)) and policy.log_std.requires_grad
-    assert type(policy.optimizer) is th.optim.Adam
-    options = {key: policy.optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
-    assert options == dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
+    assert (model.n_envs, model.n_episodes, model.n_steps, model.max_episode_steps) == (1, None, 3001, None)
+    assert (model.advantage, model.use_sde) == ("monte_carlo", False)
+    assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [ARTICLE["learning_rate"]] * 3
+    for name in ARTICLE.keys() - {"learning_rate"}:
+        assert getattr(model, name) == ARTICLE[name], name
 
 
 def test_find_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """What the tests of whole runs share."""
 
+import signal
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -101,6 +102,18 @@ def start_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     process = context.Process(target=function, args=args, kwargs=kwargs)
     process.start()
     return process
+
+
+def stop_at_update(monkeypatch: pytest.MonkeyPatch, n_updates: int, number: int) -> None:
+    """Send a signal to this process during an update."""
+    compute_gradient = REINFORCE._compute_gradient
+
+    def interrupt(self: REINFORCE) -> Any:
+        if self._n_updates == n_updates:
+            signal.raise_signal(number)
+        return compute_gradient(self)
+
+    monkeypatch.setattr(REINFORCE, "_compute_gradient", interrupt)
 
 
 def check_learns_and_predicts(model: REINFORCE) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_reinforce import REINFORCE, EpisodeRolloutBuffer, MlpPolicy, newest_checkpoint
 from tests.envs import RandomEnv
@@ -24,6 +23,7 @@ from tests.runs.common import (
     OBSERVATIONS,
     PAIR,
     VECTOR,
+    CustomActorCriticPolicy,
     assert_same,
     assert_same_parameters,
     assert_stepped_as_asked,
@@ -41,17 +41,13 @@ class OwnPolicy(MlpPolicy):
     """A policy of the user."""
 
 
-class OwnSB3Policy(ActorCriticPolicy):
-    """A policy of the user that knows nothing of this package."""
-
-
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "no_baseline": dict(baseline=None, bootstrap_timeouts=False),
     "gsde_and_action_values": dict(advantage="q", use_sde=True, policy_kwargs=dict(full_std=False, squash_output=True)),
     "separate_features": dict(policy_kwargs=dict(share_features_extractor=False), baseline="linear", baseline_memory=0.0),
     "own_policy_and_buffer": dict(policy=OwnPolicy, rollout_buffer_class=OwnBuffer),
-    "policy_of_sb3": dict(policy=OwnSB3Policy, advantage="td"),
+    "policy_of_sb3": dict(policy=CustomActorCriticPolicy, advantage="td"),
     "discrete": dict(action_space=CHOICE, advantage="advantage", baseline_kwargs=dict(n_units=8, ridge=0.1)),
     "rmsprop": dict(target_kl=None, policy_kwargs=dict(optimizer_class=th.optim.RMSprop, optimizer_kwargs=dict(alpha=0.9))),
     "image": dict(policy="CnnPolicy", observation_space=GRAY_IMAGE, action_space=spaces.MultiDiscrete([2, 3]), advantage="q"),
@@ -120,17 +116,6 @@ def test_a_loaded_model_acts_and_learns_like_the_saved_one(name: str, tmp_path: 
     for one in (model, loaded):
         one.learn(30, reset_num_timesteps=False)
     assert_same_parameters(model, loaded)
-
-
-@pytest.mark.parametrize("policy, expected", [("MlpPolicy", True), (OwnPolicy, True), (ActorCriticPolicy, False)])
-def test_a_model_file_says_whether_observations_are_normalized(tmp_path: Path, policy: Any, expected: bool):
-    """The default None becomes True or False in the constructor."""
-    model = make_model(policy=policy)
-    model.save(tmp_path / "model")
-    loaded = REINFORCE.load(tmp_path / "model", env=random_env())
-    for one in (model, loaded, loaded.learn(30)):
-        assert one.normalize_observations is expected
-        assert (one.policy.observation_normalizer is not None) == expected
 
 
 def test_a_model_file_has_all_arguments_and_counters(tmp_path: Path):

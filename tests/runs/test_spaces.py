@@ -5,7 +5,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -13,7 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 
 from sb3_reinforce import REINFORCE
 from tests.envs import RandomEnv
-from tests.runs.common import CHOICE, GRAY_IMAGE, VECTOR, check_learns_and_predicts, random_env, weights
+from tests.runs.common import CHOICE, GRAY_IMAGE, VECTOR, check_learns_and_predicts, random_env
 
 RGB_IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
 
@@ -129,17 +128,6 @@ def test_images_are_transposed_if_their_channels_come_last(channels_last: bool):
     # predict() takes images as the environment returns them
     action, _ = model.predict(env.reset()[0], deterministic=True)
     assert model.action_space.contains(action[()])
-
-
-@pytest.mark.parametrize("share_features_extractor", [True, False])
-def test_the_actor_trains_its_cnn_and_the_baseline_none(share_features_extractor: bool):
-    kwargs = dict(share_features_extractor=share_features_extractor, **SMALL_FEATURES["CnnPolicy"])
-    model = make_model("CnnPolicy", random_env(1, GRAY_IMAGE, CHOICE), policy_kwargs=kwargs)
-    extractors = (model.policy.pi_features_extractor, model.policy.vf_features_extractor)
-    before = [weights(extractor) for extractor in extractors]
-    model.learn(1)
-    is_trained = [not th.equal(old, weights(extractor)) for old, extractor in zip(before, extractors, strict=True)]
-    assert is_trained == [True, share_features_extractor]
 
 
 def test_images_that_are_normalized_need_normalize_images_false():

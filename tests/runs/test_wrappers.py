@@ -26,13 +26,8 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
-from tests.envs import RandomLengthEnv, subproc
+from tests.envs import OwnVecEnv, RandomLengthEnv, subproc
 from tests.runs.common import Batches, PlaceEnv, assert_same, assert_whole, place, random_env
-
-
-class OwnVecEnv(DummyVecEnv):
-    """Stepped as it is, because it is a subclass."""
-
 
 BASES: dict[str, Callable[[list], VecEnv]] = {"EpisodeVecEnv": EpisodeVecEnv, "SubprocVecEnv": subproc}
 #: Kind of PlaceEnv, and its wrapper
