@@ -259,7 +259,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         names = ("num_timesteps", "ep_info_buffer", "ep_success_buffer")
         logged: list[dict[str, Any]] = []
         if hasattr(self, "_logger"):
-            kept = [name for name, value in self.logger.name_to_value.items() if np.isscalar(value) and name[:5] != "time/"]
+            kept = [name for name, value in [*self.logger.name_to_value.items()] if np.isscalar(value) and name[:5] != "time/"]
             logged = [{name: values[name] for name in kept if name in values} for values in _logged_values(self.logger)]
         return {name: copy(getattr(self, name)) for name in names} | {"_logged": logged}
 
@@ -272,13 +272,10 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         Save all the attributes of the object and the model parameters in a zip-file, see SB3. An unfinished rollout is not
         saved and its steps do not count: the loaded model collects the same episodes again.
         """
-        now = self.__dict__.copy()
-        start = self._rollout_start or self._resume_point()
-        self.__dict__.update(start)
-        try:
-            super().save(path, exclude, include)
-        finally:
-            self.__dict__.update({name: now[name] for name in start})
+        # A copy, because another thread may be learning
+        saved = copy(self)
+        saved.__dict__.update(saved._rollout_start or saved._resume_point())
+        super(EpisodicAlgorithm, saved).save(path, exclude, include)
 
     @classmethod
     def load(

@@ -19,7 +19,6 @@ from torch import nn
 
 from sb3_reinforce import REINFORCE
 from tests.envs import RandomEnv, RandomLengthEnv
-from tests.rollouts import StopAt
 from tests.runs.common import CHOICE, PAIR, VECTOR
 
 IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
@@ -214,20 +213,6 @@ def test_files_saved_at_any_moment_resume_exactly(name: str, tmp_path: Any):
     assert len(paths) >= 5
     for path in paths:
         assert_same_run(Run(name, path).learn(), whole)
-
-
-@every_run
-def test_runs_stopped_by_a_callback_twice_resume_exactly(name: str, tmp_path: Any):
-    """The steps of an unfinished rollout do not count in the file."""
-    whole, n_calls = Run(name).learn(), TOTAL // (RUNS | MORE)[name][1]
-    stopped = Run(name).learn(callback=StopAt(n_calls // 2))
-    n_stopped = stopped.model.num_timesteps
-    first = stopped.reload(tmp_path / "first")
-    assert 0 < first.n_loaded < n_stopped == stopped.model.num_timesteps
-    first.learn(callback=StopAt(n_calls // 4))
-    second = first.reload(tmp_path / "second")
-    assert second.n_loaded >= first.n_loaded
-    assert_same_run(second.learn(), whole)
 
 
 @pytest.mark.parametrize("are_loaded", [False, True])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common import base_class
 
 from sb3_reinforce import REINFORCE, EpisodeRolloutBuffer, MlpPolicy, newest_checkpoint
 from tests.envs import RandomEnv
@@ -204,6 +205,21 @@ def test_a_file_of_format_4_is_loaded_and_learns():
     np.testing.assert_allclose(probabilities, PROBABILITIES, atol=1e-4)
     np.testing.assert_allclose(values, VALUES, atol=1e-3)
     assert model.learn(300, reset_num_timesteps=False)._n_updates > FIXTURE_COUNTERS[1]
+
+
+def test_saving_only_reads(monkeypatch: pytest.MonkeyPatch):
+    """Another thread may save a model that is learning."""
+    model, seen = make_model(), []
+
+    def note(*args: Any, data: Any = None, **kwargs: Any) -> None:
+        seen.append((dict(vars(model)), data))
+
+    monkeypatch.setattr(base_class, "save_to_zip_file", note)
+    model.learn(30, callback=lambda locals_, _: locals_["n_steps"] != 5 or bool([note(), model.save("model")]))
+    assert len(seen) >= 4
+    for (before, _), (during, data) in zip(seen[::2], seen[1::2], strict=True):
+        assert before.keys() == during.keys() and all(during[name] is before[name] for name in before)
+        assert data["num_timesteps"] == during["num_timesteps"] - 5
 
 
 class Payload:
