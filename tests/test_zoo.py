@@ -128,6 +128,12 @@ def test_enjoy(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(DummyVecEnv, "render", lambda self, mode: frames.append(self.render_mode))
     run(monkeypatch, "enjoy", "--env", ENV, "-n", "20")
     assert frames == ["human"] * 20
+    # What a killed run leaves
+    for path in FIRST_RUN.glob("*.zip"):
+        if not path.name.startswith("checkpoint_"):
+            path.unlink()
+    run(monkeypatch, "enjoy", "--env", ENV, "-n", "20", "--no-render", "--load-last-checkpoint")
+    assert f"Loading {FIRST_RUN}/checkpoint_" in capsys.readouterr().out
 
 
 def test_a_model_file_is_trained_further_in_a_new_folder(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -175,7 +181,7 @@ def assert_same_as_uninterrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_a_stopped_run_is_resumed_in_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, number: int
 ):
-    """With its own seed, weights and logs. After Ctrl-C, rl_zoo3 also saves the model."""
+    """With its own seed, command, weights and logs. After Ctrl-C, rl_zoo3 also saves the model."""
     monkeypatch.chdir(tmp_path)
     folder = Path("logs", "reinforce", f"{CARTPOLE}_1")
     with monkeypatch.context() as patch:
@@ -184,8 +190,14 @@ def test_a_stopped_run_is_resumed_in_its_folder(
             run(monkeypatch, "train", *RESUMABLE, "-n", "1000", "--seed", "5")
     assert f"To resume: sb3-reinforce train ... -i logs/reinforce/{CARTPOLE}_1, with" in capsys.readouterr().out
     assert (folder / f"{CARTPOLE}.zip").exists() == (number == signal.SIGINT)
+    files = {path: path.read_text() for path in (folder / CARTPOLE).iterdir()}
+    assert yaml.unsafe_load(files[folder / CARTPOLE / "args.yml"])["seed"] == 5
     wait_for_the_next_second()
     run(monkeypatch, "train", *RESUMABLE, "-n", "1000", "-i", str(folder))
+    assert {path: path.read_text() for path in (folder / CARTPOLE).iterdir()} == files
+    checkpoint = str(next(folder.glob("checkpoint_*.zip")))
+    manager = rl_zoo3.train.ExperimentManager(Namespace(), "reinforce", CARTPOLE, "logs", trained_agent=checkpoint, seed=1)
+    assert manager.seed == 5
     assert "Resuming from logs/reinforce" in capsys.readouterr().out
     assert_same_as_uninterrupted(tmp_path, monkeypatch, 1000)
 
@@ -213,7 +225,7 @@ def test_a_run_is_resumed_with_the_statistics_of_vec_normalize(tmp_path: Path, m
         with pytest.raises(SystemExit, match="143"):
             run(monkeypatch, "train", *options)
     folder, counts = Path("logs", "reinforce", f"{CARTPOLE}_1"), []
-    (statistics,) = folder.glob("checkpoint_vecnormalize_*.pkl")
+    (statistics,) = folder.glob("checkpoint_*vecnormalize_*.pkl")
     saved = VecNormalize.load(str(statistics), DummyVecEnv([lambda: gym.make(CARTPOLE)])).obs_rms.count
     original_learn = REINFORCE.learn
 
@@ -236,8 +248,9 @@ def test_a_folder_without_a_complete_checkpoint_is_an_error(tmp_path: Path, monk
 
 
 def test_a_folder_is_replaced_by_its_newest_checkpoint(tmp_path: Path):
+    model = REINFORCE("MlpPolicy", CARTPOLE)
     for n_steps in (9, 10):
-        REINFORCE("MlpPolicy", CARTPOLE).save(tmp_path / f"checkpoint_{n_steps}_steps.zip")
+        model.save(tmp_path / f"checkpoint_{n_steps}_steps.zip")
     folder, path = str(tmp_path), str(tmp_path / "checkpoint_10_steps.zip")
     others = ["--env", CARTPOLE, "-n", "5"]
     for given in (["-i", folder], ["--trained-agent", folder], [f"--trained-agent={folder}"], [f"-i={folder}"]):
@@ -367,13 +380,24 @@ def test_training_environments_skip_idle_steps(tmp_path: Path):
     assert type(experiment(tmp_path, CARTPOLE, "ppo").env) is DummyVecEnv
 
 
-@pytest.mark.parametrize("env", [env for env in ENTRIES if env != "default"])
-def test_every_entry_builds_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str):
+@pytest.mark.parametrize(("env", "config"), [*((env, "reinforce.yml") for env in ENTRIES), (ENV, "article.yml")])
+def test_every_entry_builds_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str, config: str):
+    """Also with the hyperparameters of a trial."""
     # MuJoCo writes a log to the working folder
     monkeypatch.chdir(tmp_path)
+    env = "MountainCar-v0" if env == "default" else env
     if "mujoco" in str(gym.spec(env).entry_point) and find_spec("mujoco") is None:
         pytest.skip("MuJoCo is not installed: pip install 'sb3-reinforce[mujoco]'")
-    assert isinstance(experiment(tmp_path, env), REINFORCE)
+    assert isinstance(experiment(tmp_path, env, config=config), REINFORCE)
+    tried: list[REINFORCE] = []
+    monkeypatch.setattr(REINFORCE, "learn", lambda self, *args, **kwargs: tried.append(self))
+    study = ["--storage", "study.log", "--study-name", "study"]
+    options = ["--conf-file", config, "--n-trials", "2", "--sampler", "random", "--no-optim-plots", *study]
+    run(monkeypatch, "train", "--env", env, "-optimize", *options)
+    for number, trial in enumerate(tried):
+        model = experiment(tmp_path, env, config=config, storage="study.log", study_name="study", trial_id=number)
+        for name in ("n_steps", "n_episodes", "gamma", "target_kl", "cg_damping", "baseline_memory", "policy_kwargs"):
+            assert getattr(model, name) == getattr(trial, name), name
 
 
 def test_the_default_entry_has_the_default_hyperparameters(tmp_path: Path):
@@ -444,7 +468,36 @@ def test_register_has_no_effect_the_second_time():
 def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit, match="0"):
         run(monkeypatch, command, "--help")
-    assert "usage: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "usage: " in printed and ("--workers N" in printed) == (command == "train")
+
+
+ERRORS = [
+    "enjoy",
+    "record_video",
+    "push_to_hub --env CartPole-v1 -orga me",
+    "plot_from_file -i no",
+    "report no",
+    "train -i no",
+]
+ERRORS += [
+    f"train {options}" for options in ("--env No-v0", "--conf-file no", "--conf-file wrong.yml", "-params no:2", "-params n:(")
+]
+
+
+@pytest.mark.parametrize("command", ERRORS)
+def test_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yml").write_text("a:\n  - [")
+    with pytest.raises(SystemExit, match=r"^\w[^\n]{9,}$"):
+        run(monkeypatch, *command.split())
+
+
+def test_an_error_in_an_environment_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gym.envs.classic_control.CartPoleEnv, "step", lambda self, action: {}["speed"])
+    with pytest.raises(KeyError, match="speed"):
+        run(monkeypatch, "train", "--env", CARTPOLE, "-n", "10")
 
 
 def test_names_the_extra_if_rl_zoo3_is_missing(monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ Your own scripts must call :func:`register` before they call rl_zoo3.
 
 import argparse
 import functools
+import glob
 import importlib
 import inspect
 import os
@@ -21,9 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -48,7 +51,7 @@ from sb3_reinforce.tools.env_factory import EnvFactory
 
 ALGO = "reinforce"
 _DEFAULTS = ["--algo", ALGO, "--folder", "logs"]
-#: Environment variable with the number of workers for ``train``
+#: Environment variable with the number of workers for experiments without ``--workers``
 WORKERS = "SB3_REINFORCE_WORKERS"
 #: Commands of rl_zoo3 and their default options: ``train`` writes to the folder "logs", and ``enjoy`` uses the time limit of
 #: the environment instead of the one for training
@@ -82,6 +85,7 @@ def register() -> None:
         import rl_zoo3.exp_manager
         import rl_zoo3.hyperparams_opt
         import rl_zoo3.train
+        import rl_zoo3.utils
     except ImportError as error:
         raise ImportError(f"{error}. The RL Zoo needs: pip install 'sb3-reinforce[zoo]'") from error
     if ALGO in rl_zoo3.ALGOS:
@@ -92,9 +96,20 @@ def register() -> None:
     rl_zoo3.exp_manager.ExperimentManager = rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]
     # SB3's progress bar also counts idle sub-environments
     rl_zoo3.exp_manager.ProgressBarCallback = StepsProgressBar  # type: ignore[misc]
+    # rl_zoo3.train creates its parser inside of train()
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--workers", metavar="N", help="Number of processes that run episodes (0: none)", default=0, type=int)
+    with_workers = functools.partial(argparse.ArgumentParser, parents=[parser])
+    rl_zoo3.train.argparse = SimpleNamespace(ArgumentParser=with_workers)  # type: ignore[assignment]
+    rl_zoo3.utils.glob = SimpleNamespace(glob=_glob_checkpoints)  # type: ignore[assignment]
     rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER[ALGO] = sample_reinforce_params
     rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER[ALGO] = convert_reinforce_params
     rl_zoo3.ALGOS[ALGO] = REINFORCE
+
+
+def _glob_checkpoints(pattern: str) -> list[str]:
+    """``glob.glob()`` for rl_zoo3, whose ``--load-last-checkpoint`` only knows the file names of SB3's callback."""
+    return list({*glob.glob(pattern), *glob.glob(pattern.replace("rl_model_*", "checkpoint_*"))})
 
 
 #: register() adds the base class, because rl_zoo3 is optional
@@ -106,7 +121,7 @@ class Experiments(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.workers = int(os.environ.get(WORKERS, 0))
+        self.workers = getattr(self.args, "workers", 0) or int(os.environ.get(WORKERS, 0))
         if self.workers and (self.algo != ALGO or self.optimize_hyperparameters):
             raise SystemExit(f"--workers is only available for training with {ALGO}, and not with -optimize (use --n-jobs)")
         self.resumes = self.algo == ALGO and self.continue_training and is_checkpoint(self.trained_agent)
@@ -116,10 +131,20 @@ class Experiments(_Base):
             if self.vec_env_class is DummyVecEnv:  # type: ignore[has-type]
                 self.vec_env_class = EpisodeVecEnv
         if self.resumes:
+            _, self.saved = read_model_file(self.trained_agent, {})
+            if self.saved["seed"] is not None:
+                self.seed = self.saved["seed"]
             # Continue in the folder of the run instead of a new one
             self.save_path = os.path.dirname(self.trained_agent)
             self.params_path = f"{self.save_path}/{self.env_name}"
             self.monitor_kwargs["override_existing"] = False
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        # rl_zoo3 ignores trial 0
+        if self.algo == ALGO and self.trial_id == 0 and self.storage and self.study_name:
+            trial = self.load_trial(self.storage, self.study_name, 0)
+            self.custom_hyperparams = trial | (self.custom_hyperparams or {})  # type: ignore[has-type]
+        return super().read_hyperparameters()
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
         is_training = not (eval_env or no_log)
@@ -168,12 +193,11 @@ class Experiments(_Base):
             return super()._load_pretrained_agent(hyperparams, env)
         # Keep the seed and the hyperparameters of the checkpoint
         print(f"Resuming from {self.trained_agent}")
-        _, saved = read_model_file(self.trained_agent, {})
         model = REINFORCE.load(
             self.trained_agent,
             env,
             # Keep the number of transitions per batch with another number of environments
-            n_steps=saved["n_steps"] and saved["n_steps"] * saved["n_envs"] // env.num_envs,
+            n_steps=self.saved["n_steps"] and self.saved["n_steps"] * self.saved["n_envs"] // env.num_envs,
             device=self.device,
             tensorboard_log=self.tensorboard_log,
             verbose=self.verbose,
@@ -194,6 +218,11 @@ class Experiments(_Base):
             env.training = env.norm_reward = False
         return env
 
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        # A resumed run keeps its seed, command and hyperparameters
+        if not self.resumes:
+            super()._save_config(saved_hyperparams)
+
     def learn(self, model: BaseAlgorithm) -> None:
         if not self.resumes:
             return super().learn(model)
@@ -204,16 +233,7 @@ class Experiments(_Base):
 
 def is_checkpoint(path: str) -> bool:
     """Return whether a path has a file name of :class:`~sb3_reinforce.tools.checkpoints.AtomicCheckpointCallback`."""
-    return re.fullmatch(r"checkpoint_\d+_steps\.zip", os.path.basename(path)) is not None
-
-
-def take_workers(options: list[str]) -> list[str]:
-    """Move ``--workers N`` from the options of ``train`` to an environment variable, because RL Zoo does not know it."""
-    parser = argparse.ArgumentParser(prog="sb3-reinforce train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--workers", type=int, default=0)
-    arguments, others = parser.parse_known_args(options)
-    os.environ[WORKERS] = str(arguments.workers)
-    return others
+    return re.fullmatch(r"checkpoint_(\w+_)?\d+_steps\.zip", os.path.basename(path)) is not None
 
 
 def find_checkpoint(options: list[str]) -> list[str]:
@@ -357,21 +377,32 @@ def main() -> None:
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command")
     arguments = parser.parse_args()
     try:
-        if arguments.command == "report":
-            # Does not need rl_zoo3
-            importlib.import_module("sb3_reinforce.tools.report").main(arguments.options)
-            return
-        register()
-    except ImportError as error:
-        raise SystemExit(str(error)) from error
+        _run(arguments.command, arguments.options)
+    except Exception as error:
+        if _needs_traceback(error):
+            raise
+        raise SystemExit(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
-    command = arguments.command
+
+def _needs_traceback(error: Exception) -> bool:
+    """Return whether an error comes from code of the user: an environment, a callback or a policy."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_running = not {"learn", "reset", "step"}.isdisjoint(frame.name for frame in frames)
+    is_ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent.parent)
+    # Notes are about environments
+    return (is_running and not is_ours) or hasattr(error, "__notes__")
+
+
+def _run(command: str, options: list[str]) -> None:
+    if command == "report":
+        # Does not need rl_zoo3
+        return importlib.import_module("sb3_reinforce.tools.report").main(options)
+    register()
     # The last value of a repeated option counts
-    options = find_checkpoint(take_workers(arguments.options)) if command == "train" else arguments.options
+    options = find_checkpoint(options) if command == "train" else options
     sys.argv = [f"sb3-reinforce {command}", *COMMANDS[command], *options]
     if command not in _SCRIPTS:
-        getattr(importlib.import_module("rl_zoo3.cli"), command)()
-        return
+        return getattr(importlib.import_module("rl_zoo3.cli"), command)()
     if command.endswith("_hub"):
         _patch_hub()
     with _patch_subprocesses(with_ffmpeg=command == "record_training"):
