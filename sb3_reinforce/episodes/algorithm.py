@@ -203,7 +203,6 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         if not reset_num_timesteps:
             for current, saved in zip(_logged_values(self.logger), self._logged, strict=False):
                 current.update(saved)
-        self._logged = []
         reasons = reasons_not_reproducible(self.env)
         if self.seed is None:
             reasons.append(f"there is no seed for environments (weights and actions use seed={self.run_seed})")

@@ -51,9 +51,11 @@ def collect_episodes(
         n_steps += 1
 
         callback.update_locals(locals())
-        if not callback.on_step():
-            if model.env is env:
-                model._last_obs = new_obs
+        continue_training = callback.on_step()
+        # Another environment, set by the callback, begins with a reset
+        if model.env is env:
+            model._last_obs = new_obs
+        if not continue_training:
             return False
         if len(dones.nonzero()[0]):
             model._update_info_buffer(infos, dones)
@@ -67,9 +69,6 @@ def collect_episodes(
             episode_starts = within_episode.copy()
             episode_starts[schedule.started] = True
         obs = new_obs
-        # Another environment, set by the callback, begins with a reset
-        if model.env is env:
-            model._last_obs = obs
 
     model._last_episode_starts = source.at_start
     finish_rollout(rollout_buffer, schedule, n_env_steps, model.logger)

@@ -77,8 +77,7 @@ class EpisodeSchedule:
         self.n_steps += 1
         self.n_transitions += self.n_active
         self._n_idle_resets = 0
-        if self.started:
-            self.started = []
+        self.started = []
 
     def end_episode(self, env_idx: int) -> bool:
         """
