@@ -1,12 +1,18 @@
 """Checkpoints: when they are written, what they contain, signals, full disks, and the logs of resumed runs."""
 
 import builtins
+import csv
 import errno
 import io
 import os
+import re
 import signal
+import sys
 import threading
+import time
+import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,19 +20,23 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.wrappers import TransformReward
 from stable_baselines3 import A2C
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto.event_pb2 import SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback, newest_checkpoint, restore_evaluations
+from sb3_reinforce.episodes import checks
 from sb3_reinforce.tools import checkpoints
 from sb3_reinforce.tools.checkpoints import write_atomically
 from tests.envs import RandomLengthEnv
 from tests.rollouts import StopAt, state_of
-from tests.runs.common import monitor_rows, scalars, stop_at_update, wait_for_the_next_second
+from tests.runs.common import monitor_rows, scalars, wait_for_the_next_second
 
 TOTAL = 120
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -48,7 +58,13 @@ def assert_same_weights(model: REINFORCE, other: REINFORCE) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Names of files, without the identities of runs."""
+    return sorted(re.sub("_[0-9a-f]{8}(?=_)", "", path.name) for path in folder.iterdir())
+
+
+def checkpoint(folder: Path, n_steps: int) -> Path:
+    (path,) = folder.glob(f"checkpoint_????????_{n_steps}_steps.zip")
+    return path
 
 
 def files_of(steps: Any) -> list[str]:
@@ -131,10 +147,10 @@ def test_checkpoints_every_n_updates_and_at_the_end(n: int, tmp_path: Path, whol
     expected = {*starts[n::n], starts[-1]}
     assert names(tmp_path) == files_of(expected)
     for steps in expected:
-        loaded = REINFORCE.load(tmp_path / f"checkpoint_{steps}_steps")
+        loaded = REINFORCE.load(checkpoint(tmp_path, steps))
         assert (loaded.num_timesteps, loaded._n_updates) == (steps, starts.index(steps))
     assert_same_weights(model, whole)
-    assert_same_weights(REINFORCE.load(tmp_path / f"checkpoint_{starts[-1]}_steps"), whole)
+    assert_same_weights(REINFORCE.load(checkpoint(tmp_path, starts[-1])), whole)
 
 
 @pytest.mark.parametrize(("minutes", "n"), [(2, 2), (2.5, 3), (100, 100)])
@@ -149,49 +165,59 @@ def test_checkpoints_every_n_minutes(
     saver = AtomicCheckpointCallback(str(folder), every_n_minutes=minutes, keep=100, verbose=1)
     learn_all(make_model(), [pass_a_minute, saver])
     assert names(folder) == files_of([*starts[n::n], starts[-1]])
-    assert sorted(capsys.readouterr().out.splitlines()) == [f"Saved {folder / name}" for name in names(folder)]
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"Saved {path}" for path in folder.iterdir())
 
 
 def test_older_checkpoints_are_removed_with_their_statistics(tmp_path: Path):
     env = VecNormalize(DummyVecEnv([lambda: RandomLengthEnv(9)]))
     learn_all(make_model(env), AtomicCheckpointCallback(tmp_path, every_n_updates=1, keep=2))
-    steps = sorted(int(path.stem.split("_")[1]) for path in tmp_path.glob("*.zip"))
+    steps = sorted(int(path.stem.split("_")[2]) for path in tmp_path.glob("*.zip"))
     assert len(steps) == 2 and steps[-1] >= TOTAL
     statistics = [f"checkpoint_vecnormalize_{n}_steps.pkl" for n in steps]
     assert names(tmp_path) == sorted([*files_of(steps), *statistics])
-    loaded = VecNormalize.load(str(tmp_path / statistics[-1]), DummyVecEnv([lambda: RandomLengthEnv(9)]))
+    path = str(checkpoints.statistics_path(checkpoint(tmp_path, steps[-1])))
+    loaded = VecNormalize.load(path, DummyVecEnv([lambda: RandomLengthEnv(9)]))
     np.testing.assert_array_equal(loaded.obs_rms.mean, env.obs_rms.mean)
     assert loaded.obs_rms.count == env.obs_rms.count > TOTAL
 
 
 @pytest.mark.parametrize("prefix", ["a", "check[point]", "checkpoint_2"])
 def test_files_with_other_names_are_left_alone(prefix: str, tmp_path: Path):
-    others = [".b_5_steps.zip.tmp", "b_5_steps.zip", "notes.txt", "checkpoint_5_steps.zip"]
-    for name in (f".{prefix}_5_steps.zip.tmp", *others):
+    """Files that a killed process of the same run has not finished are removed."""
+    model = make_model()
+    others = [f".{prefix}_01234567_5_steps.zip.tmp", "b_5_steps.zip", "notes.txt", "checkpoint_5_steps.zip"]
+    for name in (f".{prefix}_{model.run_id}_5_steps.zip.tmp", *others):
         (tmp_path / name).touch()
-    learn_all(make_model(), AtomicCheckpointCallback(tmp_path, every_n_updates=1, keep=1, name_prefix=prefix))
+    learn_all(model, AtomicCheckpointCallback(tmp_path, every_n_updates=1, keep=1, name_prefix=prefix))
     path = newest_checkpoint(tmp_path, prefix)
     assert path is not None and REINFORCE.load(path).num_timesteps >= TOTAL
-    assert names(tmp_path) == sorted([*others, path.name])
+    assert {file.name for file in tmp_path.iterdir()} == {*others, path.name}
 
 
-def test_checkpoints_of_another_run_with_more_steps_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """The stopped run also names its own checkpoint."""
-    other = learn_all(make_model(), AtomicCheckpointCallback(tmp_path, keep=1), total=200)
-    stop_by_signal(signal.SIGTERM, [kill(n_updates=2), AtomicCheckpointCallback(tmp_path, keep=1)], make_model(seed=1))
-    assert f"checkpoint_{other.num_timesteps}_steps.zip" in names(tmp_path) and len(names(tmp_path)) == 2
+def test_each_run_keeps_its_own_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Runs with the same seed save the same steps. A stopped run names its own checkpoint."""
+    runs = [learn_all(make_model(), AtomicCheckpointCallback(tmp_path, keep=1), total) for total in (200, TOTAL)]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    stopped = stop_by_signal(signal.SIGTERM, [kill(n_updates=2), AtomicCheckpointCallback(tmp_path, keep=1)])
     resumed = resume(capsys)
-    assert resumed.seed == 1
-    assert_same_weights(resumed, learn_all(make_model(seed=1)))
+    assert resumed.run_id == stopped.run_id
+    learn_all(resumed, AtomicCheckpointCallback(tmp_path, keep=1))
+    assert_same_weights(resumed, runs[1])
+    assert all(path.read_bytes() == content for path, content in before.items()) and len(names(tmp_path)) == 3
+    assert newest_checkpoint(tmp_path, run="other") is None
+    with pytest.raises(ValueError, match="3 runs") as error:
+        newest_checkpoint(tmp_path)
+    for run in (*runs, resumed):
+        name = f"checkpoint_{run.run_id}_{run.num_timesteps}_steps.zip"
+        assert newest_checkpoint(tmp_path, run=run.run_id) == tmp_path / name
+        assert f"run='{run.run_id}' ({name})" in str(error.value)
 
 
-def test_the_rollout_stopped_by_a_callback_is_repeated(tmp_path: Path, whole: REINFORCE, starts: list[int]):
-    stopped = learn_all(make_model(), [StopAt(70), AtomicCheckpointCallback(tmp_path)])
-    (name,) = names(tmp_path)
-    loaded = REINFORCE.load(tmp_path / name, env=RandomLengthEnv(9))
-    assert loaded.num_timesteps == max(steps for steps in starts if steps < 70)
-    assert stopped.num_timesteps == 70
-    assert_same_weights(learn_all(loaded), whole)
+def test_a_model_that_begins_anew_is_another_run():
+    """Also with the same seed."""
+    model = make_model()
+    ids = [model.run_id, *(model.learn(1, reset_num_timesteps=reset).run_id for reset in (True, False, True))]
+    assert ids[0] == ids[1] == ids[2] != ids[3] and make_model().run_id not in ids
 
 
 @pytest.mark.parametrize(
@@ -220,11 +246,11 @@ class FullFile(io.FileIO):
 
 
 def open_on_full_disk(path: Any, mode: str = "r", **kwargs: Any) -> Any:
-    return FullFile(path, mode) if "w" in mode else builtins.open(path, mode, **kwargs)
+    return FullFile(path, mode) if "x" in mode else builtins.open(path, mode, **kwargs)
 
 
-def fail(*args: Any) -> Any:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def fail(*args: Any, number: int = errno.ENOSPC, **kwargs: Any) -> Any:
+    raise OSError(number, os.strerror(number))
 
 
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -232,10 +258,11 @@ FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "write": lambda patch: patch.setattr(checkpoints, "open", open_on_full_disk, raising=False),
     "fsync": lambda patch: patch.setattr(os, "fsync", fail),
     "replace": lambda patch: patch.setattr(Path, "replace", fail),
+    "mkdir": lambda patch: patch.setattr(Path, "mkdir", fail),
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failure", ["open", "write", "fsync", "replace"])
 def test_a_failed_write_keeps_the_old_file(failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_atomically(tmp_path / "file", b"old" * 1000)
     with monkeypatch.context() as patch:
@@ -247,48 +274,108 @@ def test_a_failed_write_keeps_the_old_file(failure: str, tmp_path: Path, monkeyp
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("failure", ["write", "replace"])
+def test_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The other one writes while this one has not finished. The file system cannot synchronize folders."""
+    path, fsync, others = tmp_path / "file", os.fsync, [b"other" * 1000]
+
+    def other_writes(number: int) -> None:
+        if others:
+            write_atomically(path, others.pop())
+            assert path.read_bytes() == b"other" * 1000
+        fsync(number) if os.path.isfile(f"/proc/self/fd/{number}") else fail()
+
+    monkeypatch.setattr(os, "fsync", other_writes)
+    write_atomically(path, b"this" * 1000)
+    assert names(tmp_path) == ["file"] and path.read_bytes() == b"this" * 1000
+
+
+@pytest.mark.parametrize("failure", ["write", "replace", "mkdir", "pickle"])
 def test_training_continues_if_a_checkpoint_cannot_be_written(
     failure: str, tmp_path: Path, capsys: pytest.CaptureFixture, whole: REINFORCE, starts: list[int]
 ):
-    """The disk is full at the second and third checkpoint."""
-    failing, seen = pytest.MonkeyPatch(), []
-    fill = at("start", 2, lambda: FAILURES[failure](failing))
+    """The second and third checkpoint cannot be written, which is reported once."""
+    failing, seen, model = pytest.MonkeyPatch(), [], make_model()
+    attribute = dict(pickle=lambda patch: patch.setattr(model, "lock", threading.Lock(), raising=False))
+    fill = at("start", 2, lambda: (FAILURES | attribute)[failure](failing))
     free = at("start", 4, lambda: [seen.append(names(tmp_path)), failing.undo()])
-    model = learn_all(make_model(), [fill, free, AtomicCheckpointCallback(tmp_path, every_n_updates=1)])
+    learn_all(model, [fill, free, AtomicCheckpointCallback(tmp_path, every_n_updates=1)])
     assert_same_weights(model, whole)
     assert seen == [files_of([starts[1]])] and len(names(tmp_path)) == 3
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split(" was not saved")[0] for line in printed] == [
-        f"The checkpoint {tmp_path / f'checkpoint_{steps}_steps.zip'}" for steps in starts[2:4]
-    ]
-    assert all("training continues" in line and "No space left" in line for line in printed)
+    (line,) = capsys.readouterr().out.splitlines()
+    path = tmp_path / f"checkpoint_{model.run_id}_{starts[2]}_steps.zip"
+    assert line.startswith(f"The checkpoint {path} was not saved, and training continues: ")
+    assert ("No space left" in line) == (failure != "pickle")
+
+
+def test_training_continues_if_an_old_checkpoint_cannot_be_removed(tmp_path: Path, capsys: Any, starts: list[int]):
+    replace = at("start", 2, lambda: [checkpoint(tmp_path, starts[1]).unlink(), path.mkdir()])
+    model = make_model()
+    path = tmp_path / f"checkpoint_{model.run_id}_{starts[1]}_steps.zip"
+    learn_all(model, [replace, AtomicCheckpointCallback(tmp_path, every_n_updates=1, keep=1)])
+    assert names(tmp_path) == files_of([starts[1], starts[-1]])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"Old checkpoints in {tmp_path} were not removed, and training continues: ")
+
+
+@pytest.mark.parametrize("how", ["ascii", "utf-8", "pipe"])
+def test_training_continues_if_a_line_cannot_be_printed(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, printed = tmp_path / os.fsdecode("Läufe".encode("latin-1")), io.BytesIO()
+    output = io.TextIOWrapper(printed, encoding="ascii" if how == "ascii" else "utf-8")
+    if how == "pipe":
+        printed.write = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", output)
+    learn_all(make_model(), AtomicCheckpointCallback(folder, every_n_updates=1, verbose=1))
+    assert len(names(folder)) == 3 and printed.getvalue().count(b"Saved ") == (0 if how == "pipe" else 5)
+
+
+def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An environment or a callback changes the current folder."""
+    monkeypatch.chdir(tmp_path)
+    model = make_model(tensorboard_log="tensorboard")
+    (tmp_path / "other").mkdir()
+    learn_all(model, [at("start", 1, lambda: os.chdir("other")), AtomicCheckpointCallback("folder", every_n_updates=1)])
+    assert len(names(tmp_path / "folder")) == 3 and names(tmp_path / "other") == []
+    assert len(scalars(next((tmp_path / "tensorboard").iterdir()))["train/grad_norm"]) == model._n_updates - 1
 
 
 # Newest checkpoint
 
 
-def test_newest_checkpoint_skips_files_that_are_damaged_or_of_other_algorithms(tmp_path: Path):
+def test_newest_checkpoint_skips_files_that_are_damaged_or_of_other_algorithms(tmp_path: Path, capsys: Any):
     learn_all(make_model(), AtomicCheckpointCallback(tmp_path, every_n_updates=1))
-    steps = sorted(int(path.stem.split("_")[1]) for path in tmp_path.iterdir())
-    first, second, third = (tmp_path / f"checkpoint_{n}_steps.zip" for n in steps)
+    first, second, third = sorted(tmp_path.iterdir(), key=lambda path: int(path.stem.split("_")[2]))
     assert newest_checkpoint(tmp_path) == newest_checkpoint(str(tmp_path)) == third
     A2C("MlpPolicy", RandomLengthEnv(9)).save(third)
     assert newest_checkpoint(tmp_path) == second
     os.truncate(second, second.stat().st_size // 2)
     assert newest_checkpoint(tmp_path) == first
-    first.write_bytes(b"")
+    capsys.readouterr()
+    with zipfile.ZipFile(first, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data", " " * 10**6)
     assert newest_checkpoint(tmp_path) is None
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[1] for line in printed] == [str(third), str(second), str(first)] and "unpacks" in printed[-1]
 
 
 def test_newest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path):
     (tmp_path / "checkpoint_70_steps.zip").mkdir()
+    os.mkfifo(tmp_path / "checkpoint_80_steps.zip")
     (tmp_path / "checkpoint_seven_steps.zip").touch()
     for folder in (tmp_path, tmp_path / "missing", tmp_path / "checkpoint_seven_steps.zip"):
         assert newest_checkpoint(folder) is None
+    model = make_model()
     for steps in (9, 10):
-        make_model().save(tmp_path / f"checkpoint_{steps}_steps.zip")
+        model.save(tmp_path / f"checkpoint_{steps}_steps.zip")
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint_10_steps.zip"
+
+
+@pytest.mark.parametrize(("module", "name"), [(checks, "open_path"), (os, "scandir")])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_is_an_error(number: int, module: Any, name: str, tmp_path: Path, monkeypatch: Any):
+    make_model().save(tmp_path / "checkpoint_10_steps.zip")
+    monkeypatch.setattr(module, name, partial(fail, number=number))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        newest_checkpoint(tmp_path)
 
 
 # Signals
@@ -310,38 +397,24 @@ def resume(capsys: pytest.CaptureFixture) -> REINFORCE:
 
 
 @each_signal
-@pytest.mark.parametrize(("moment", "n_updates"), [("step", 0), ("start", 3), ("step", 3), ("end", 3)])
+@pytest.mark.parametrize(("moment", "n_updates"), [("step", 0), ("start", 3), ("step", 3), ("end", 3), ("end", 4)])
 def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
     moment: str, n_updates: int, number: int, tmp_path: Path, capsys: Any, whole: REINFORCE, starts: list[int], handlers: Any
 ):
-    """Training stops after the current step, and resumes from the start of its rollout."""
+    """
+    Training leaves the rollout, or finishes the update, and resumes from the start of the rollout. A signal before the last
+    update also ends the program.
+    """
     steps: list[int] = []
     note_steps = Each(step=lambda callback: steps.append(callback.locals["n_steps"]))
     model = stop_by_signal(number, [kill(number, moment, n_updates), note_steps, AtomicCheckpointCallback(tmp_path)])
-    # All callbacks see the step during which the signal arrives
     n_started = n_updates + (moment == "end")
-    assert model.num_timesteps == len(steps) == starts[n_started] + {"start": 1, "step": 7, "end": 1}[moment]
+    assert model.num_timesteps == starts[n_started] + (7 if moment == "step" else 0) == len(steps) + (moment == "step")
     assert names(tmp_path) == files_of([starts[n_started]])
     resumed = resume(capsys)
     assert resumed.num_timesteps == whole.num_timesteps
     assert_same_weights(resumed, whole)
     assert {number: signal.getsignal(number) for number in handlers} == handlers
-
-
-@each_signal
-@pytest.mark.parametrize("is_last", [False, True])
-def test_an_update_is_finished_before_a_signal_stops_training(
-    is_last: bool, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, whole: REINFORCE
-):
-    """A signal in the last update also ends the program."""
-    n_updates = whole._n_updates - 1 if is_last else 2
-    with monkeypatch.context() as patch:
-        stop_at_update(patch, n_updates, number)
-        model = stop_by_signal(number, AtomicCheckpointCallback(tmp_path))
-    assert model._n_updates == n_updates + 1
-    resumed = resume(capsys)
-    assert resumed._n_updates == whole._n_updates
-    assert_same_weights(resumed, whole)
 
 
 def test_prints_the_given_resume_command(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -353,11 +426,38 @@ def test_prints_the_given_resume_command(tmp_path: Path, capsys: pytest.CaptureF
 
 @each_signal
 def test_a_second_signal_takes_effect_immediately(number: int, tmp_path: Path):
+    """Also during an update."""
     signal.signal(number, raise_error)
-    twice = at("step", 2, lambda: [signal.raise_signal(number) for _ in range(2)])
-    with pytest.raises(CustomError):
-        learn_all(make_model(), [twice, AtomicCheckpointCallback(tmp_path)])
-    assert names(tmp_path) == []
+    twice, model = at("end", 2, lambda: [signal.raise_signal(number) for _ in range(2)]), make_model()
+    with pytest.raises((CustomError, KeyboardInterrupt)):
+        learn_all(model, [twice, AtomicCheckpointCallback(tmp_path)])
+    assert model._n_updates == 2 and len(names(tmp_path)) == 1
+
+
+@each_signal
+@pytest.mark.parametrize("workers", [None, 2])
+def test_a_signal_ends_a_rollout_at_once(workers: int | None, number: int, tmp_path: Path):
+    """The episodes would take minutes."""
+    pytest.importorskip("loky")
+    timer, moments = threading.Timer(2, lambda: [moments.append(time.monotonic()), os.kill(os.getpid(), number)]), []
+    slow = TransformReward(RandomLengthEnv(9), lambda reward: time.sleep(60))
+    model = make_model(lambda: slow, workers=workers)
+    stop_by_signal(number, [at("start", 0, timer.start), AtomicCheckpointCallback(tmp_path)], model)
+    assert time.monotonic() - moments[0] < 2 and names(tmp_path) == ["checkpoint_0_steps.zip"]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_saves_in_an_event_callback_and_after_errors_of_other_callbacks(fails: bool, tmp_path: Path, handlers: Any):
+    """``EveryNTimesteps`` calls nothing else. A signal stops the rollout all the same."""
+    saver, saved = AtomicCheckpointCallback(tmp_path, every_n_updates=100, keep=100), []
+    look, model = Each(step=lambda callback: saved.append(len(names(tmp_path)))), make_model()
+    end = type("End", (Each,), dict(_on_training_end=raise_error))() if fails else kill(n_updates=4)
+    with pytest.raises(CustomError if fails else SystemExit):
+        learn_all(model, [end, EveryNTimesteps(50, saver), look])
+    assert saved[48:50] == [0, 1] and saved[99] == 2
+    path = newest_checkpoint(tmp_path)
+    assert path is not None and REINFORCE.load(path)._n_updates == (model._n_updates if fails else 4)
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 def test_a_previous_handler_of_sigterm_is_called_after_saving(tmp_path: Path):
@@ -407,13 +507,8 @@ def test_a_run_stopped_with_a_full_disk_names_its_last_checkpoint(
         FAILURES["write"](monkeypatch)
         signal.raise_signal(signal.SIGTERM)
 
-    for folder, n_updates in (("without", 0), ("with", 3)):
-        saver = AtomicCheckpointCallback(tmp_path / folder, every_n_updates=2)
-        stop_by_signal(signal.SIGTERM, [at("step", n_updates, fill_and_stop), saver])
-        monkeypatch.undo()
-        if folder == "without":
-            printed = capsys.readouterr().out
-            assert printed.endswith("\nStopped by SIGTERM.\n")
+    stop_by_signal(signal.SIGTERM, [at("step", 3, fill_and_stop), AtomicCheckpointCallback(tmp_path, every_n_updates=2)])
+    monkeypatch.undo()
     resumed = resume(capsys)
     assert resumed._n_updates == whole._n_updates
     assert_same_weights(resumed, whole)
@@ -514,15 +609,40 @@ def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(n_envs: int, n_steps
 
 
 def test_the_tensorboard_log_of_another_run_is_not_changed(stopped: Path, tmp_path: Path):
-    """SB3 continues in the latest log of a folder, which belongs to another run."""
+    """SB3 continues in the latest log of a folder, which belongs to another run. This one is resumed twice."""
     make_model(seed=1, tensorboard_log=str(tmp_path)).learn(TOTAL)
-    log = tmp_path / "REINFORCE_2"
-    before, content = scalars(log), {path: path.read_bytes() for path in log.iterdir()}
-    learn_all(REINFORCE.load(stopped, monitored(tmp_path, False)), AtomicCheckpointCallback(tmp_path))
-    assert all(path.read_bytes() == written for path, written in content.items())
-    assert session_starts(log) == []
-    after = scalars(log)
-    assert all(set(values) <= set(after[name]) for name, values in before.items())
+    log, own = tmp_path / "REINFORCE_2", tmp_path / "REINFORCE_1"
+    content = {path: path.read_bytes() for path in log.iterdir()}
+    for total in (150, 200):
+        path = newest_checkpoint(tmp_path)
+        assert path is not None
+        wait_for_the_next_second()
+        model = learn_all(REINFORCE.load(path, monitored(tmp_path, False)), AtomicCheckpointCallback(tmp_path), total)
+    assert {path: path.read_bytes() for path in log.iterdir()} == content
+    assert len(scalars(own)["train/grad_norm"]) == model._n_updates - 1 and len(session_starts(own)) == 2
+    # A run that is not resumed has no log to continue
+    learn_all(make_model(tensorboard_log=str(tmp_path)), AtomicCheckpointCallback(tmp_path / "third"))
+    assert (tmp_path / "REINFORCE_3").exists() and {path: path.read_bytes() for path in log.iterdir()} == content
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_training_continues_if_logs_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture, whole: REINFORCE):
+    """The disk is full for two updates."""
+    saver = AtomicCheckpointCallback(tmp_path / "checkpoints", every_n_updates=1)
+    full, model = pytest.MonkeyPatch(), make_model(monitored(tmp_path, True))
+    model.set_logger(configure(str(tmp_path), ["csv", "tensorboard"]))
+
+    def fill() -> None:
+        full.setattr(RecordWriter, "write", fail)
+        full.setattr(csv.DictWriter, "writerow", fail)
+        full.setattr(model.logger.output_formats[0], "file", SimpleNamespace(write=fail, seek=fail))
+
+    learn_all(model, [at("start", 1, fill), at("end", 2, full.undo), saver])
+    assert_same_weights(model, whole)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 and all("log was not written" in line and "No space left" in line for line in printed)
+    steps = [step for step, _ in scalars(tmp_path)["rollout/episodes"]]
+    assert steps[-1] == model.num_timesteps and len(steps) == model._n_updates - 1
 
 
 @pytest.mark.parametrize("why", ["learned", "reset", "saved_again", "saved_in_training"])
@@ -557,11 +677,16 @@ def test_a_new_monitor_file_is_not_truncated(has_rows: bool, tmp_path: Path):
     assert n_logged_steps(tmp_path) == model.num_timesteps - n_before
 
 
-def test_an_incomplete_row_is_removed(stopped: Path, tmp_path: Path):
+@pytest.mark.parametrize("is_older", [False, True])
+def test_an_incomplete_row_is_removed(is_older: bool, stopped: Path, tmp_path: Path):
+    """Also if the file has lost rows that the checkpoint has counted."""
     path = tmp_path / "0.monitor.csv"
-    path.write_bytes(path.read_bytes()[:-3])
+    content, rows = path.read_bytes(), monitor_rows(tmp_path)["0.monitor.csv"]
+    path.write_bytes(content[: content.index(b"\n", 200) - 3] if is_older else content[:-3])
+    n_whole = path.read_bytes().count(b"\n") - 2
     model = learn_all(REINFORCE.load(stopped, monitored(tmp_path, False)), AtomicCheckpointCallback(tmp_path))
-    assert n_logged_steps(tmp_path) == model.num_timesteps
+    assert monitor_rows(tmp_path)["0.monitor.csv"][:n_whole] == rows[:n_whole]
+    assert (n_logged_steps(tmp_path) == model.num_timesteps) == (not is_older)
 
 
 # Evaluations of resumed runs
@@ -584,7 +709,12 @@ def test_evaluations_up_to_the_checkpoint_are_restored(tmp_path: Path):
         assert callback.evaluations_length == [list(map(int, lengths)) for lengths in done.evaluations_length[:n]]
         means = [float(np.mean(returns)) for returns in done.evaluations_results[:n]]
         assert callback.best_mean_reward == max(means, default=-np.inf)
-    os.truncate(path, path.stat().st_size // 2)
-    callback = evaluations(tmp_path)
-    assert restore_evaluations(callback, path, 1000) == 0
-    assert callback.evaluations_timesteps == [] and callback.best_mean_reward == -np.inf
+    for size in (path.stat().st_size // 2, 0):
+        os.truncate(path, size)
+        callback = evaluations(tmp_path)
+        assert restore_evaluations(callback, path, 1000) == 0
+        assert callback.evaluations_timesteps == [] and callback.best_mean_reward == -np.inf
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        restore_evaluations(callback, path, 1000)

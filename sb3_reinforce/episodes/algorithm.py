@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.episodes.checks import FILE_FORMAT, check_policy_class, check_scheduled, check_spaces, read_model_file
-from sb3_reinforce.episodes.rollout import StepsProgressBar, collect_episodes, release_signals
+from sb3_reinforce.episodes.rollout import StepsProgressBar, collect_episodes, end_callbacks
 from sb3_reinforce.episodes.schedule import EpisodeSchedule
 from sb3_reinforce.episodes.source import add_environment_note, reasons_not_reproducible, seed_next_episodes
 from sb3_reinforce.episodes.vec_env import EnvSource, EpisodeRunner, wrap_env
@@ -64,6 +65,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         self.bootstrap_timeouts = bootstrap_timeouts
         self.workers = workers
         self.file_format = FILE_FORMAT
+        #: Identity of the run: its checkpoints carry it, and a model that begins anew gets another one
+        self.run_id = uuid.uuid4().hex[:8]
         # Number of the next batch's first episode, and updates since num_timesteps was 0
         self._next_episode = self._n_iterations = 0
         #: Seed of everything random except the environments: ``seed``, or a drawn one
@@ -189,6 +192,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
             raise ValueError("The model has no environment to learn from: give one to load() or set_env()")
         check_workers(self.workers, self.env)
         if reset_num_timesteps:
+            self.run_id = uuid.uuid4().hex[:8] if self.num_timesteps else self.run_id
             self._last_obs = self._rollout_start = None
             self._n_iterations = 0
         is_reset = self._last_obs is None
@@ -239,18 +243,18 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
                 if log_interval is not None and iteration % log_interval == 0:
                     self.dump_logs(iteration)
                 self.train()
+            callback.on_training_end()
         except BaseException:
-            # SB3 does not call on_training_end() after an exception
-            release_signals(callback)
             self._last_obs = None
             raise
         finally:
-            if self._running_workers is not None:
-                self._running_workers.close()
-                self._running_workers = None
-            self._rollout_end = None
-            self._logged = self._resume_point()["_logged"]
-        callback.on_training_end()
+            self._rollout_end, self._logged = None, self._resume_point()["_logged"]
+            workers, self._running_workers = self._running_workers, None
+            try:
+                end_callbacks(callback)
+            finally:
+                if workers is not None:
+                    workers.close()
         return self
 
     def _resume_point(self) -> dict[str, Any]:

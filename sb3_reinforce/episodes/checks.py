@@ -108,6 +108,8 @@ def read_model_file(
         file.close()
     try:
         with zipfile.ZipFile(content) as archive:
+            if sum(info.file_size for info in archive.infolist()) > content.getbuffer().nbytes:
+                raise zipfile.BadZipFile("it unpacks to more than its size, and SB3 does not compress")
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{damaged} in it is damaged")
             saved = json.loads(archive.read("data"))

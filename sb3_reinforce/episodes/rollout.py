@@ -108,10 +108,10 @@ class StepsProgressBar(ProgressBarCallback):
         return True
 
 
-def release_signals(callback: Any) -> None:
-    """Call ``release_signals()`` of all callbacks that have it."""
-    if hasattr(callback, "release_signals"):
-        callback.release_signals()
+def end_callbacks(callback: Any) -> None:
+    """Call ``on_learn_end()`` of all callbacks that have it. SB3 does not call ``on_training_end()`` after an exception."""
     for inner in [*getattr(callback, "callbacks", []), getattr(callback, "callback", None)]:
         if isinstance(inner, BaseCallback):
-            release_signals(inner)
+            end_callbacks(inner)
+    if hasattr(callback, "on_learn_end"):
+        callback.on_learn_end()
