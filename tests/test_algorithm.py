@@ -212,7 +212,7 @@ def test_processes_of_workers_end_with_learn(ends: str, monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sys.modules, "loky", SimpleNamespace(ProcessPoolExecutor=start))
     monkeypatch.setattr(FakeExecutor, "shutdown", lambda self, wait, kill_workers: closed.append(kill_workers), raising=False)
-    model = make_model(lambda: RandomLengthEnv(9), workers=2)
+    model = make_model(lambda: RandomLengthEnv(9), workers=np.int64(2))
 
     def callback(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
         if ends == "error" and model.num_timesteps == 30:

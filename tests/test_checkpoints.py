@@ -1,6 +1,5 @@
 """Checkpoints: when they are written, what they contain, signals, full disks, and the logs of resumed runs."""
 
-import builtins
 import csv
 import errno
 import io
@@ -245,17 +244,13 @@ class FullFile(io.FileIO):
         return len(content) if len(content) <= 1000 else fail()
 
 
-def open_on_full_disk(path: Any, mode: str = "r", **kwargs: Any) -> Any:
-    return FullFile(path, mode) if "x" in mode else builtins.open(path, mode, **kwargs)
-
-
 def fail(*args: Any, number: int = errno.ENOSPC, **kwargs: Any) -> Any:
     raise OSError(number, os.strerror(number))
 
 
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "open": lambda patch: patch.setattr(checkpoints, "open", fail, raising=False),
-    "write": lambda patch: patch.setattr(checkpoints, "open", open_on_full_disk, raising=False),
+    "write": lambda patch: patch.setattr(checkpoints, "open", FullFile, raising=False),
     "fsync": lambda patch: patch.setattr(os, "fsync", fail),
     "replace": lambda patch: patch.setattr(Path, "replace", fail),
     "mkdir": lambda patch: patch.setattr(Path, "mkdir", fail),
@@ -401,10 +396,7 @@ def resume(capsys: pytest.CaptureFixture) -> REINFORCE:
 def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
     moment: str, n_updates: int, number: int, tmp_path: Path, capsys: Any, whole: REINFORCE, starts: list[int], handlers: Any
 ):
-    """
-    Training leaves the rollout, or finishes the update, and resumes from the start of the rollout. A signal before the last
-    update also ends the program.
-    """
+    """Training leaves the rollout, or finishes the update. A signal before the last update also ends the program."""
     steps: list[int] = []
     note_steps = Each(step=lambda callback: steps.append(callback.locals["n_steps"]))
     model = stop_by_signal(number, [kill(number, moment, n_updates), note_steps, AtomicCheckpointCallback(tmp_path)])
@@ -415,13 +407,6 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
     assert resumed.num_timesteps == whole.num_timesteps
     assert_same_weights(resumed, whole)
     assert {number: signal.getsignal(number) for number in handlers} == handlers
-
-
-def test_prints_the_given_resume_command(tmp_path: Path, capsys: pytest.CaptureFixture):
-    callback = AtomicCheckpointCallback(tmp_path, resume_command="python train.py --resume")
-    with pytest.raises(KeyboardInterrupt, match=r"Stopped by SIGINT\. To resume: python train\.py --resume"):
-        learn_all(make_model(), [kill(signal.SIGINT), callback])
-    assert capsys.readouterr().out == "Stopped by SIGINT. To resume: python train.py --resume\n"
 
 
 @each_signal
@@ -460,11 +445,11 @@ def test_saves_in_an_event_callback_and_after_errors_of_other_callbacks(fails: b
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
-def test_a_previous_handler_of_sigterm_is_called_after_saving(tmp_path: Path):
+def test_a_previous_handler_of_sigterm_is_called_after_saving(tmp_path: Path, capsys: pytest.CaptureFixture):
     calls: list[int] = []
     signal.signal(signal.SIGTERM, lambda *args: calls.append(len(names(tmp_path))))
-    stop_by_signal(signal.SIGTERM, [kill(), AtomicCheckpointCallback(tmp_path)])
-    assert calls == [1]
+    stop_by_signal(signal.SIGTERM, [kill(), AtomicCheckpointCallback(tmp_path, resume_command="python train.py --resume")])
+    assert calls == [1] and capsys.readouterr().out == "Stopped by SIGTERM. To resume: python train.py --resume\n"
 
 
 @each_signal

@@ -283,24 +283,10 @@ def test_the_number_of_workers_is_that_of_the_executor():
     assert Workers(OwnExecutor(_client=dask_client())).count() == 1
 
 
-def test_a_number_of_workers_starts_loky_and_stops_it(monkeypatch: pytest.MonkeyPatch):
-    """A given executor is not stopped, and neither is the reusable executor of loky."""
-    started: list[int] = []
-    stopped: list[dict[str, Any]] = []
-
-    def make(n_processes: int, **kwargs: Any) -> Any:
-        started.append(n_processes)
-        return SimpleNamespace(shutdown=lambda **kwargs: stopped.append(kwargs))
-
-    monkeypatch.setitem(sys.modules, "loky", SimpleNamespace(ProcessPoolExecutor=make))
-    workers = Workers(np.int64(5))  # type: ignore[arg-type]
-    assert workers.count() == 5 and started == [5] and not stopped
-    workers.close()
-    assert stopped == [dict(wait=True, kill_workers=True)]
+def test_a_given_executor_is_not_stopped():
     with ThreadPoolExecutor(1) as executor:
         REINFORCE("MlpPolicy", MAKE, workers=executor, **SMALL).learn(30)
         assert executor.submit(abs, -1).result() == 1
-    assert len(started) == len(stopped) == 1
 
 
 def test_loky_is_needed_only_to_learn(monkeypatch: pytest.MonkeyPatch):

@@ -2,9 +2,7 @@
 
 import base64
 import io
-import json
 import pickle
-import zipfile
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
@@ -30,6 +28,7 @@ from tests.runs.common import (
     assert_stepped_as_asked,
     random_env,
 )
+from tests.test_checks import rewrite
 
 MIXED = spaces.Dict(vec=VECTOR, choice=CHOICE)
 
@@ -232,28 +231,17 @@ class Payload:
         return Path.write_text, (self.path, "executed")
 
 
-def rewrite(path: Path, changes: dict[str, bytes]) -> None:
-    """Replace parts of a model file."""
-    with zipfile.ZipFile(path) as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()} | changes
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, part in parts.items():
-            archive.writestr(name, part)
-
-
 @pytest.mark.parametrize("name", ["seed", "policy_class", "something_new"])
 def test_attributes_are_not_unpickled_to_read_parameters(trained: REINFORCE, tmp_path: Path, name: str):
     path, payload = tmp_path / "checkpoint_50_steps.zip", Payload(tmp_path / "executed")
     trained.save(path)
-    with zipfile.ZipFile(path) as archive:
-        data = json.loads(archive.read("data"))
-    data[name] = {":type:": "<class 'int'>", ":serialized:": base64.b64encode(pickle.dumps(payload)).decode()}
-    rewrite(path, {"data": json.dumps(data).encode()})
+    serialized = base64.b64encode(pickle.dumps(payload)).decode()
+    rewrite(path, {}, **{name: {":type:": "<class 'int'>", ":serialized:": serialized}})
     model = make_model(**MUCH, seed=8)
     model.set_parameters(path)
     assert_same_parameters(model, trained)
     assert newest_checkpoint(tmp_path) == path
-    rewrite(path, {"data": json.dumps(data | dict(file_format="other")).encode()})
+    rewrite(path, {}, file_format="other")
     with pytest.raises(ValueError, match="another algorithm"):
         REINFORCE.load(path)
     assert not payload.path.exists()
