@@ -355,6 +355,7 @@ def test_newest_checkpoint_skips_files_that_are_damaged_or_of_other_algorithms(t
 def test_newest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path):
     (tmp_path / "checkpoint_70_steps.zip").mkdir()
     os.mkfifo(tmp_path / "checkpoint_80_steps.zip")
+    (tmp_path / "checkpoint_90_steps.zip").symlink_to("checkpoint_90_steps.zip")
     (tmp_path / "checkpoint_seven_steps.zip").touch()
     for folder in (tmp_path, tmp_path / "missing", tmp_path / "checkpoint_seven_steps.zip"):
         assert newest_checkpoint(folder) is None
@@ -364,7 +365,7 @@ def test_newest_checkpoint_is_the_one_with_the_most_steps(tmp_path: Path):
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint_10_steps.zip"
 
 
-@pytest.mark.parametrize(("module", "name"), [(checks, "open_path"), (os, "scandir")])
+@pytest.mark.parametrize(("module", "name"), [(checks, "open_path"), (os, "listdir")])
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
 def test_a_checkpoint_that_cannot_be_read_is_an_error(number: int, module: Any, name: str, tmp_path: Path, monkeypatch: Any):
     make_model().save(tmp_path / "checkpoint_10_steps.zip")

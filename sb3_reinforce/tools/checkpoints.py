@@ -411,13 +411,14 @@ def _checkpoints(folder: Path, name_prefix: str) -> list[tuple[int, str | None, 
     """Steps, run (None: not part of the name) and path of each checkpoint, sorted by steps."""
     pattern = re.compile(rf"{re.escape(name_prefix)}_(?:([0-9a-f]{{8}})_)?(\d+)_steps\.zip")
     try:
-        with os.scandir(folder) as entries:
-            # Opening a pipe would wait
-            names = [entry.name for entry in entries if pattern.fullmatch(entry.name) and entry.is_file()]
+        # Unlike glob(), this raises an error if the folder cannot be read
+        names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = ((pattern.fullmatch(name), folder / name) for name in names)
-    return sorted(((int(match[2]), match[1], path) for match, path in found if match), key=lambda entry: entry[0])
+    # Opening a pipe would wait
+    checkpoints = [(int(match[2]), match[1], path) for match, path in found if match and path.is_file()]
+    return sorted(checkpoints, key=lambda entry: entry[0])
 
 
 def statistics_path(checkpoint: Path) -> Path:
