@@ -141,7 +141,9 @@ class AtomicCheckpointCallback(BaseCallback):
         if self.model._rollout_start is None:
             self._note_monitors()
         try:
-            self._save()
+            # A script that failed at once should not resume, with its old arguments, from a model that has learned nothing
+            if self._stop is not None or self.model._n_updates > 0:
+                self._save()
         finally:
             self._release_signals()
             while self._guarded:
