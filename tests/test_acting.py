@@ -272,7 +272,8 @@ def test_the_environment_gets_clipped_or_unscaled_actions(actor: type[Actor]):
     np.testing.assert_array_equal(clipped, np.clip(sampled, low, high))
     assert np.any(sampled != clipped)
     sampled, passed = actor(make_policy(ACTIONS["discrete"]), make_noise(5))(observations())
-    assert passed is sampled
+    np.testing.assert_array_equal(passed, sampled)
+    assert not np.shares_memory(passed, sampled)
     squashed = make_policy(spaces.Box(0, 10, (2,)), use_sde=True, squash_output=True)
     sampled, unscaled = make_actor(squashed, make_noise(5))(observations())
     assert np.abs(sampled).max() <= 1

@@ -107,7 +107,8 @@ def test_other_algorithms_step_the_environments_after_learn(n_envs: int):
 class Informative(ScriptedEnv):
     def step(self, action: np.ndarray) -> Any:
         *rest, info = super().step(action)
-        return *rest, info | {"drag": float(sum(self.lengths_run)), "nested": {"list": [self.steps]}}
+        info |= {"drag": float(sum(self.lengths_run)), "nested": {"list": [self.steps]}}
+        return *rest, info | {"is_success": True, "array": np.ones(2), "name": "x"}
 
 
 @pytest.mark.parametrize("truncated", [False, True])
@@ -121,9 +122,11 @@ def test_idle_sub_environments_are_not_stepped_and_their_infos_mark_no_end(trunc
         np.testing.assert_array_equal(locals_["new_obs"], [[0, 0, step], [0, 0, min(step, 2)]])
         assert locals_["active"].tolist() == [True, step <= 2]
         assert (reward, done) == ((step, step == 2) if step <= 2 else (0, False))
-        assert info["TimeLimit.truncated"] is (truncated and step == 2)
+        assert info["TimeLimit.truncated"] == (truncated and step == 2)
         if step > 2:
-            assert info == {"drag": 2, "nested": {"list": [2]}, "TimeLimit.truncated": False}
+            # What callbacks count includes no idle step
+            assert not info.pop("array").any()
+            assert info == {"drag": 0, "nested": {"list": [2]}, "is_success": False, "name": "x", "TimeLimit.truncated": False}
             # The next step returns another copy
             info["nested"]["list"][0] = -1
         # DummyVecEnv keeps the infos of the latest step
@@ -135,6 +138,16 @@ def test_idle_sub_environments_are_not_stepped_and_their_infos_mark_no_end(trunc
     assert model.num_timesteps == 8
     assert [env.unwrapped.lengths_run for env in env.envs] == [[6], [2]]  # type: ignore[attr-defined]
     assert [(info["l"], info["r"]) for info in model.ep_info_buffer] == [(2, 3), (6, 21)]
+
+
+def test_an_environment_that_returns_the_same_info_again_ends_an_episode_once():
+    class Same(ScriptedEnv):
+        def step(self, action: np.ndarray) -> Any:
+            return *super().step(action)[:-1], vars(self).setdefault("info", {})
+
+    env = DummyVecEnv([lambda length=n: Monitor(Same([length])) for n in (5, 2)])
+    model = REINFORCE("MlpPolicy", env, n_steps=5, **SMALL).learn(1)
+    assert len(model.ep_info_buffer) == model.rollout_buffer.episode_starts.sum()
 
 
 @pytest.mark.parametrize("seed", [None, 0])

@@ -110,8 +110,8 @@ class Actor:
 
     def __call__(self, observations: Any) -> tuple[np.ndarray, np.ndarray]:
         """
-        Sample (n_envs, *action shape) actions. Return them as sampled, and for the environment: unscaled if the policy
-        squashes them, else clipped to the bounds of the action space.
+        Sample (n_envs, *action shape) actions. Return them as sampled, and a copy for the environment, which may change it:
+        unscaled if the policy squashes them, else clipped to the bounds of the action space.
         """
         actions = self._sample(observations)
         if actions.ndim != len(self._actions_shape):
@@ -120,7 +120,7 @@ class Actor:
             low, high = self._bounds
             clipped = np.maximum(actions, low)
             return actions, np.minimum(clipped, high, out=clipped)
-        return actions, self.policy.unscale_action(actions) if self.policy.squash_output else actions
+        return actions, self.policy.unscale_action(actions) if self.policy.squash_output else actions.copy()
 
     def _sample(self, observations: Any) -> np.ndarray:
         policy = self.policy

@@ -57,8 +57,8 @@ def collect_episodes(
             model._last_obs = new_obs
         if not continue_training:
             return False
-        if len(dones.nonzero()[0]):
-            model._update_info_buffer(infos, dones)
+        if len(ended := dones.nonzero()[0]):
+            model._update_info_buffer([infos[env_idx] for env_idx in ended], dones[ended])
             if model.bootstrap_timeouts:
                 rewards = rewards + model.gamma * timeout_values(model.policy, infos, n_before + 1)
         if n_active:

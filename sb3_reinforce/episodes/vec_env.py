@@ -148,9 +148,10 @@ def _copy(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def idle_info(info: dict[str, Any]) -> dict[str, Any]:
-    """The info of an idle sub-environment: the latest one without marks of the end of an episode."""
-    info = {key: value for key, value in info.items() if key not in ("episode", "terminal_observation")}
-    return {**info, "TimeLimit.truncated": False} if "TimeLimit.truncated" in info else info
+    """The info of an idle sub-environment: the latest one with flags False, numbers 0, and no marks of an end."""
+    numbers = (bool, int, float, np.number, np.bool_, np.ndarray)
+    kept = {key: value for key, value in info.items() if key not in ("episode", "terminal_observation")}
+    return {key: np.zeros_like(value)[()] if isinstance(value, numbers) else value for key, value in kept.items()}
 
 
 def wrap_env(env: EnvSource, max_episode_steps: int | None = None, verbose: int = 0) -> VecEnv:
