@@ -13,14 +13,14 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim, preprocess_obs
 from torch import nn
 
+from sb3_reinforce.episodes.normalization import CHUNK
+
 #: Maximum number of features of a fit, which takes cubic time: more features are projected at random.
 MAX_FEATURES = 384
 #: Eigenvalues below this fraction of the largest one are 0: float32 features cannot be told from collinear ones.
 _RANK_TOLERANCE = 1e-12
 #: A feature is constant up to rounding if its standard deviation is below this fraction of its mean.
 _CONSTANT_TOLERANCE = 1e-10
-#: Numbers per block of action features
-_NUMBERS = 2_000_000
 
 
 class Moments(NamedTuple):
@@ -202,7 +202,7 @@ class ActionValues(nn.Module):
 
     def project(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """Compute the (batch, n_features) input of the regression from state features and actions, in blocks."""
-        size, projected = max(1, _NUMBERS // self.n_joint), []
+        size, projected = max(1, CHUNK // self.n_joint), []
         for block, numbers in zip(features.split(size), self.encode(actions).split(size), strict=True):
             products = block[:, :, None] * numbers[:, None, :]
             projected.append(self.linear.project(th.cat([block, numbers, products.flatten(start_dim=1)], dim=-1)))

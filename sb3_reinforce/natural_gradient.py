@@ -206,7 +206,6 @@ def natural_step(
     :param divergence: mean divergence of the current policy from the old one; a ValueError means that it is not defined
     """
     direction, start = direction / direction.abs().max().clamp(min=1e-30), flatten(parameters).detach()
-    squared_length = direction @ product(direction)
 
     def divergence_at(length: float) -> float:
         assign(parameters, start - length * direction)
@@ -216,5 +215,5 @@ def natural_step(
             return math.inf
 
     # To second order, the divergence is half the squared length in the metric of the Fisher matrix
-    first = math.sqrt(2 * target_kl / max(squared_length.item(), 1e-12))
+    first = math.sqrt(2 * target_kl / max((direction @ product(direction)).item(), 1e-12))
     length_of_divergence(divergence_at, target_kl, first)

@@ -344,7 +344,7 @@ def test_features_do_not_depend_on_the_size_of_blocks(n_states: int, monkeypatch
     expected = whole.project(th.as_tensor(states), as_sampled(actions))
     sizes: list[int] = []
     for numbers in (1, 7 * whole.n_joint, 50 * whole.n_joint - 1):
-        monkeypatch.setattr(baselines, "_NUMBERS", numbers)
+        monkeypatch.setattr(baselines, "CHUNK", numbers)
         pieces = ActionValues(n_states, space, ridge=1e-3)
         pieces.load_state_dict(whole.state_dict())
         sizes.clear()
