@@ -543,15 +543,15 @@ def log_within_rollouts(callback: Any) -> None:
         callback.logger.dump(callback.num_timesteps)
 
 
-def interrupted(folder: Path, env: Any, n_updates: int = 3, **kwargs: Any) -> Path:
-    """Stop a run after the first episode of a rollout, and return its checkpoint."""
+def interrupted(folder: Path, env: Any, n_updates: int = 3, moment: str = "step", **kwargs: Any) -> Path:
+    """Stop a run after the first episode of a rollout, or at its start or end, and return its checkpoint."""
 
     def stop(callback: Any) -> None:
-        if callback.model._n_updates == n_updates and callback.locals["dones"].any():
+        if callback.model._n_updates == n_updates and (moment != "step" or callback.locals["dones"].any()):
             signal.raise_signal(signal.SIGTERM)
 
     # The name of the TensorBoard folder is REINFORCE_1, as usual
-    callbacks = [Each(step=log_within_rollouts), Each(step=stop), AtomicCheckpointCallback(folder)]
+    callbacks = [Each(step=log_within_rollouts), Each(**{moment: stop}), AtomicCheckpointCallback(folder)]
     with pytest.raises(SystemExit):
         make_model(env, **kwargs).learn(TOTAL, callbacks)
     path = newest_checkpoint(folder)
@@ -565,15 +565,19 @@ def stopped(tmp_path: Path) -> Path:
     return interrupted(tmp_path, monitored(tmp_path, True), tensorboard_log=str(tmp_path))
 
 
+@pytest.mark.parametrize("moment", ["start", "step", "end"])
 @pytest.mark.parametrize(("n_envs", "n_steps", "n_updates"), [(1, 20, 0), (1, 20, 3), (3, 8, 3)])
-def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(n_envs: int, n_steps: int, n_updates: int, tmp_path: Path):
+def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(
+    n_envs: int, n_steps: int, n_updates: int, moment: str, tmp_path: Path
+):
     """Episodes in ``Monitor`` files and values in TensorBoard logs: each step once. Times continue."""
     log, folder, n_before = tmp_path / "whole", tmp_path / "parts", []
     log.mkdir()
     folder.mkdir()
     uninterrupted = make_model(monitored(log, True, n_envs), tensorboard_log=str(log), n_steps=n_steps)
     uninterrupted.learn(TOTAL, Each(step=log_within_rollouts))
-    path = interrupted(folder, monitored(folder, True, n_envs), n_updates, tensorboard_log=str(folder), n_steps=n_steps)
+    env = monitored(folder, True, n_envs)
+    path = interrupted(folder, env, n_updates, moment, tensorboard_log=str(folder), n_steps=n_steps)
     n_stopped, start = n_rows(folder), REINFORCE.load(path).num_timesteps
     look = at("start", n_updates, lambda: n_before.append(n_rows(folder)))
     wait_for_the_next_second()
@@ -581,7 +585,7 @@ def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(n_envs: int, n_steps
     learn_all(resumed, [Each(step=log_within_rollouts), look, AtomicCheckpointCallback(folder)])
     assert monitor_rows(folder) == monitor_rows(log)
     # The stopped rollout had finished episodes
-    assert n_before[0] < n_stopped
+    assert moment != "step" or n_before[0] < n_stopped
     assert len(load_results(str(folder))) == n_rows(folder)
 
     shown = scalars(folder / "REINFORCE_1")

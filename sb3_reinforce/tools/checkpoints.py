@@ -87,7 +87,9 @@ class AtomicCheckpointCallback(BaseCallback):
         self._signal: int | None = None
         self._stop: BaseException | None = None
         self._newest: tuple[Path, int] | None = None
+        # State of the Monitor files at the start of a rollout
         self._monitors: list[tuple[str, int, str]] = []
+        self._noted_rollout: dict[str, Any] | None = None
         # What has failed and was not repeated successfully
         self._failing: set[str] = set()
         self._guarded: list[tuple[Any, str]] = []
@@ -113,8 +115,8 @@ class AtomicCheckpointCallback(BaseCallback):
             self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _on_rollout_start(self) -> None:
-        self._end_if_stopped()
         self._note_monitors()
+        self._end_if_stopped()
         n_updates, moment = self._last_save
         if self.every_n_updates is not None:
             is_due = self.model._n_updates - n_updates >= self.every_n_updates
@@ -138,8 +140,6 @@ class AtomicCheckpointCallback(BaseCallback):
         if not self._is_training:
             return
         self._is_training = False
-        if self.model._rollout_start is None:
-            self._note_monitors()
         try:
             # A script that failed at once should not resume, with its old arguments, from a model that has learned nothing
             if self._stop is not None or self.model._n_updates > 0:
@@ -197,7 +197,10 @@ class AtomicCheckpointCallback(BaseCallback):
             self._failing.discard(key)
 
     def _save(self) -> None:
-        n_steps = _num_timesteps(self.model)
+        n_steps, start = _num_timesteps(self.model), self.model._rollout_start
+        # An EventCallback does not tell when a rollout starts. Otherwise, no step was taken before that
+        if start is None or (start is not self._noted_rollout and self.parent is None):
+            self._note_monitors()
         path = self.save_path / f"{self.name_prefix}_{self.model.run_id}_{n_steps}_steps.zip"
         self._last_save = self.model._n_updates, time.monotonic()
         with self._reported(f"The checkpoint {path} was not saved", "checkpoint"):
@@ -235,7 +238,7 @@ class AtomicCheckpointCallback(BaseCallback):
             raise errors[0]
 
     def _note_monitors(self) -> None:
-        self._monitors = []
+        self._monitors, self._noted_rollout = [], self.model._rollout_start
         with self._reported("The Monitor files were not read"):
             self._monitors = monitor_states(self.training_env)
 
