@@ -213,7 +213,6 @@ def test_each_run_keeps_its_own_checkpoints(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_model_that_begins_anew_is_another_run():
-    """Also with the same seed."""
     model = make_model()
     ids = [model.run_id, *(model.learn(1, reset_num_timesteps=reset).run_id for reset in (True, False, True))]
     assert ids[0] == ids[1] == ids[2] != ids[3] and make_model().run_id not in ids
@@ -344,11 +343,10 @@ def test_newest_checkpoint_skips_files_that_are_damaged_or_of_other_algorithms(t
     assert newest_checkpoint(tmp_path) == second
     os.truncate(second, second.stat().st_size // 2)
     assert newest_checkpoint(tmp_path) == first
-    capsys.readouterr()
     with zipfile.ZipFile(first, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data", " " * 10**6)
     assert newest_checkpoint(tmp_path) is None
-    printed = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split(" ")[1] for line in printed] == [str(third), str(second), str(first)] and "unpacks" in printed[-1]
 
 
@@ -412,7 +410,6 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(
 
 @each_signal
 def test_a_second_signal_takes_effect_immediately(number: int, tmp_path: Path):
-    """Also during an update."""
     signal.signal(number, raise_error)
     twice, model = at("end", 2, lambda: [signal.raise_signal(number) for _ in range(2)]), make_model()
     with pytest.raises((CustomError, KeyboardInterrupt)):
@@ -567,9 +564,7 @@ def stopped(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("moment", ["start", "step", "end"])
 @pytest.mark.parametrize(("n_envs", "n_steps", "n_updates"), [(1, 20, 0), (1, 20, 3), (3, 8, 3)])
-def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(
-    n_envs: int, n_steps: int, n_updates: int, moment: str, tmp_path: Path
-):
+def test_a_resumed_run_has_the_logs_of_a_whole_one(n_envs: int, n_steps: int, n_updates: int, moment: str, tmp_path: Path):
     """Episodes in ``Monitor`` files and values in TensorBoard logs: each step once. Times continue."""
     log, folder, n_before = tmp_path / "whole", tmp_path / "parts", []
     log.mkdir()
