@@ -13,7 +13,7 @@ from sb3_reinforce.tools.checkpoints import write_atomically
 from sb3_reinforce.tools.report.drawing import draw_comparison, draw_run
 from sb3_reinforce.tools.report.estimates import count, estimate, interval, number
 from sb3_reinforce.tools.report.groups import group_runs
-from sb3_reinforce.tools.report.runs import Run, read_run
+from sb3_reinforce.tools.report.runs import Run, read_file, read_run
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -25,7 +25,7 @@ def render(runs: Sequence[Run]) -> str:
     """
     options: Any = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env = Environment(loader=PackageLoader("sb3_reinforce.tools.report", "."), extensions=["jinja2.ext.do"], **options)
-    env.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode()
+    env.filters["base64"] = lambda path: base64.b64encode(read_file(path)).decode()
     env.globals |= dict(count=count, draw_run=draw_run, estimate=estimate, interval=interval, number=number, np=np, zip=zip)
     groups = group_runs(runs) if len(runs) > 1 else []
     return env.get_template("report.html").render(runs=runs, groups=groups, pictures=draw_comparison(groups))
@@ -45,7 +45,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
         for run in runs:
             run.name = str(run.folder)
     path = Path(output) if output is not None else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
-    write_atomically(path, render(runs).encode())
+    # File names and JSON may contain characters that cannot be encoded
+    write_atomically(path, render(runs).encode(errors="replace"))
     return path
 
 

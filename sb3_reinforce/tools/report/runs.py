@@ -1,9 +1,14 @@
-"""Reading of runs written by ``examples/lunar_lander.py`` or ``sb3-reinforce train``."""
+"""
+Reading of runs written by ``examples/lunar_lander.py`` or ``sb3-reinforce train``.
+
+The folder may come from a stranger: links are not followed, a bounded part of each file is read, and no objects are unpickled.
+"""
 
 import base64
-import glob
+import io
 import itertools
 import json
+import os
 import pickletools
 import re
 import shlex
@@ -11,22 +16,23 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import signature
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from gymnasium import registry
-from stable_baselines3.common.monitor import LoadMonitorResultsError, get_monitor_files, load_results
+from stable_baselines3.common.monitor import Monitor
 
-from sb3_reinforce.episodes.checks import read_model_file
+from sb3_reinforce.episodes.checks import FILE_FORMAT
 from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.tools.report.estimates import interval
 
 #: Arguments of REINFORCE that do not affect training, or are shown elsewhere in the report
 _NO_SETTINGS = ("policy", "seed", "tensorboard_log", "verbose", "device")
-_EVENTS = "events.out.tfevents.*"
-_MAX_VIDEO_BYTES = 30_000_000
+#: Bytes of a file, of a text, and numbers of an array
+_MAX_BYTES, _MAX_TEXT, _MAX_NUMBERS = 30_000_000, 300_000, 100_000
 
 
 @dataclass
@@ -39,8 +45,6 @@ class Run:
     seed: str = "unknown"
     steps: int | None = None
     updates: int | None = None
-    #: Time at which the first environment was created
-    start: float = 0.0
     episodes: Any = None
     evaluations: dict[str, np.ndarray] | None = None
     #: Returns of the evaluation after training, or of the last evaluation during training
@@ -55,17 +59,6 @@ class Run:
     threshold: float | None = None
     videos: list[Path] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-
-
-class _ZooLoader(yaml.SafeLoader):
-    """Load RL Zoo's files without creating Python objects other than dictionaries."""
-
-
-_ZooLoader.add_constructor(
-    "tag:yaml.org,2002:python/object/apply:collections.OrderedDict",
-    lambda loader, node: dict(loader.construct_sequence(node, deep=True)[0]),
-)
-_ZooLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -94,32 +87,102 @@ def read_run(folder: str | Path) -> Run:
         # Damaged files raise exceptions of many types
         try:
             read(run)
-        except FileNotFoundError as error:
-            run.missing[what] = f"no {Path(error.filename).name}"
         except Exception as error:
-            run.missing[what] = str(error) if isinstance(error, (ValueError, LoadMonitorResultsError)) else repr(error)
+            run.missing[what] = str(error) if isinstance(error, ValueError) else repr(error)
     run.threshold = getattr(registry.get(run.env_id), "reward_threshold", None)
     if run.episodes is None and run.final_returns is None and not (run.model or run.scalars):
-        inside = sorted(path.parent for name in ("*/*monitor.csv", "*/evaluations.npz") for path in folder.glob(name))
-        hint = f" (try {inside[0]})" if inside else ""
+        inside = find_files(folder, f"*/*{Monitor.EXT}", "*/evaluations.npz")
+        hint = f" (try {inside[0].parent})" if inside else ""
         raise ValueError(f"{folder} is not a run: it has no monitor files, evaluations, model or TensorBoard log{hint}")
     return run
 
 
+def find_files(folder: Path, *patterns: str) -> list[Path]:
+    """
+    Find regular files, without following links.
+
+    :param folder: folder of a run
+    :param patterns: patterns of paths relative to the folder, with at most two folders
+    :return: sorted paths
+    """
+    found = []
+    for root, folders, names in os.walk(folder):
+        inside = PurePath("/", Path(root).relative_to(folder))
+        if len(inside.parts) > 2:
+            folders.clear()
+        found += [Path(root, name) for name in names if any((inside / name).match(f"/{pattern}") for pattern in patterns)]
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+
+def read_file(path: Path, limit: int = _MAX_BYTES) -> bytes:
+    """
+    Read a file.
+
+    :param path: path from :func:`find_files`
+    :param limit: maximum number of bytes
+    :return: content of the file
+    :raises ValueError: if the file is larger
+    """
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path.name} has more than {limit:,} bytes")
+    return content
+
+
+def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
+    member = archive.getinfo(name)
+    # The zipfile module unpacks other methods without a bound
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed by another method than deflate")
+    with archive.open(member) as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"{name} has more than {_MAX_BYTES:,} bytes")
+    return content
+
+
+def _read_json(run: Run, name: str) -> Any:
+    for path in find_files(run.folder, name):
+        return json.loads(read_file(path, _MAX_TEXT))
+    raise ValueError(f"no {name}")
+
+
+def _numbers(values: Any, n_dims: int = 1) -> np.ndarray:
+    numbers = np.array(values, dtype=float)
+    if numbers.ndim != n_dims or not 0 < numbers.size <= _MAX_NUMBERS or not np.isfinite(numbers).all():
+        raise ValueError(f"expected {n_dims} dimensions, and 1 to {_MAX_NUMBERS:,} finite numbers")
+    return numbers
+
+
 def _read_episodes(run: Run) -> None:
-    folder = glob.escape(str(run.folder))
-    headers = [json.loads(Path(path).read_text().split("\n")[0][1:]) for path in sorted(get_monitor_files(folder))]
-    episodes = load_results(folder)[["r", "l", "t"]].astype(float).dropna()
-    run.env_id = headers[0].get("env_id") or run.env_id
-    run.start = min(header["t_start"] for header in headers)
+    headers, tables = [], []
+    for path in find_files(run.folder, f"*{Monitor.EXT}"):
+        header, _, table = read_file(path).decode().partition("\n")
+        if len(header) + table.find("\n") > 10_000:
+            raise ValueError(f"{path.name} has a header of more than 10,000 characters")
+        headers.append(json.loads(header[1:]))
+        episodes = pd.read_csv(io.StringIO(table), usecols=["r", "l", "t"], index_col=False).astype(float).dropna()
+        tables.append(episodes.assign(t=episodes["t"] + headers[-1]["t_start"]))
+    if not tables:
+        raise ValueError(f"no *.{Monitor.EXT}")
+    episodes = pd.concat(tables).sort_values("t", ignore_index=True)
+    run.env_id = str(headers[0].get("env_id") or run.env_id)
+    episodes = episodes[np.isfinite(episodes).all(axis=1)]
     if episodes.empty:
         raise ValueError("no finished episode")
     run.episodes = episodes.assign(steps=episodes["l"].cumsum())
 
 
 def _read_evaluations(run: Run) -> None:
-    with open(run.folder / "evaluations.npz", "rb") as file, np.load(file) as saved:
-        steps, results = saved["timesteps"], saved["results"].astype(float)
+    paths = find_files(run.folder, "evaluations.npz")
+    if not paths:
+        raise ValueError("no evaluations.npz")
+    with zipfile.ZipFile(io.BytesIO(read_file(paths[0]))) as archive:
+        steps, results = [np.load(io.BytesIO(_unpack(archive, name))) for name in ("timesteps.npy", "results.npy")]
+    steps, results = _numbers(steps), _numbers(results, n_dims=2)
+    if len(steps) != len(results):
+        raise ValueError(f"{len(steps)} steps, but {len(results)} results")
     low, high = interval(results, np.mean)
     run.final_returns = results[-1]
     run.evaluations = dict(steps=steps, results=results, mean=results.mean(axis=-1), low=low, high=high)
@@ -127,26 +190,40 @@ def _read_evaluations(run: Run) -> None:
 
 def _read_model(run: Run) -> None:
     """Read the latest model and RL Zoo's hyperparameters, without unpickling."""
-    for path in run.folder.glob("*/config.yml"):
-        zoo = yaml.load(path.read_text(encoding="utf-8"), _ZooLoader)
-        run.settings = {name: repr(value) for name, value in zoo.items() if name not in ("policy", "n_timesteps")}
-    models, problem = [], ValueError("no model file")
-    for path in sorted(path for name in ("*.zip", "checkpoints/*.zip") for path in run.folder.glob(name)):
+    for path in find_files(run.folder, "*/config.yml"):
+        run.settings = _read_config(read_file(path, _MAX_TEXT).decode())
+    models: list[tuple[int, int, dict[str, Any], str]] = []
+    problem: Exception = ValueError("no model file")
+    for path in find_files(run.folder, "*.zip", "checkpoints/*.zip"):
         try:
-            models.append(read_model_file(path, {}))
-        except ValueError as error:
+            models.append(_read_model_file(path))
+        except Exception as error:
             problem = error
     if not models:
         raise problem
-    content, run.model = max(models, key=lambda model: model[1]["num_timesteps"])
+    run.steps, run.updates, run.model, info = max(models, key=lambda model: model[0])
     seed = run.model["seed"]
     run.seed = str(seed) if seed is not None else f"{run.model['run_seed']} (drawn)"
-    run.steps, run.updates = run.model["num_timesteps"], run.model["_n_updates"]
-    info = zipfile.ZipFile(content).read("system_info.txt").decode()
     run.versions = dict(re.findall(r"^- ([^:]+): (.*)$", info, re.MULTILINE))
     names = [name for name in signature(REINFORCE).parameters if name in run.model and name not in _NO_SETTINGS]
     own = {name: setting_text(run.model[name]) for name in ("policy_class", "n_envs", *names)}
     run.settings = own | {name: text for name, text in run.settings.items() if name not in own}
+
+
+def _read_config(text: str) -> dict[str, str]:
+    """Return the text of each of RL Zoo's hyperparameters, without creating objects: a few aliases may stand for many."""
+    pairs = yaml.compose(text, yaml.SafeLoader).value[0].value
+    values = {pair.value[0].value: text[pair.value[1].start_mark.index : pair.value[1].end_mark.index] for pair in pairs}
+    return {name: " ".join(value.split()) for name, value in values.items() if name not in ("policy", "n_timesteps")}
+
+
+def _read_model_file(path: Path) -> tuple[int, int, dict[str, Any], str]:
+    """Return the steps, the number of updates, the attributes that are not pickled, and the package versions."""
+    with zipfile.ZipFile(io.BytesIO(read_file(path))) as archive:
+        saved, info = json.loads(_unpack(archive, "data")), _unpack(archive, "system_info.txt").decode()
+    if saved["file_format"] != FILE_FORMAT:
+        raise ValueError(f"{path.name} holds a model of another algorithm, or of another version of REINFORCE")
+    return int(_numbers(saved["num_timesteps"], 0)), int(_numbers(saved["_n_updates"], 0)), saved, info
 
 
 def setting_text(value: Any) -> str:
@@ -158,7 +235,8 @@ def setting_text(value: Any) -> str:
     """
     if not (isinstance(value, dict) and ":type:" in value):
         return repr(value)
-    texts = [text for _, text, _ in pickletools.genops(base64.b64decode(value[":serialized:"])) if isinstance(text, str)]
+    operations = pickletools.genops(base64.b64decode(value[":serialized:"]))
+    texts = [text for _, text, _ in itertools.islice(operations, 1000) if isinstance(text, str)]
     if "__module__" in value and len(texts) == 2:
         return texts[1]
     inner = {name: item for name, item in value.items() if not name.startswith((":", "_"))}
@@ -167,27 +245,25 @@ def setting_text(value: Any) -> str:
 
 
 def _read_result(run: Run) -> None:
-    result = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
-    returns, length = np.array(result["returns"], dtype=float), float(np.mean(result["lengths"]))
-    run.versions, run.steps, run.command = dict(result["versions"]), int(result["steps"]), str(result["command"])
+    result = _read_json(run, "result.json")
+    returns, length = _numbers(result["returns"]), float(_numbers(result["lengths"]).mean())
+    versions = {str(name): str(version) for name, version in result["versions"].items()}
+    run.steps, run.versions = int(_numbers(result["steps"], 0)), versions
     run.final_returns, run.mean_length = returns, length
 
 
 def _read_scalars(run: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def load(folder: Path, *patterns: str) -> list[Any]:
-        folders = sorted({path.parent for pattern in patterns for path in folder.glob(pattern)})
-        logs = [EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload() for path in folders]
-        return [log for log in logs if log.Tags()["scalars"]]
-
-    logs = load(run.folder, _EVENTS, f"*/{_EVENTS}", f"*/*/{_EVENTS}")
-    if not logs and run.model.get("tensorboard_log") and run.episodes is not None:
-        # RL Zoo stores the logs of all runs in one folder: find the log that starts during the training episodes
-        logs = load(Path(run.model["tensorboard_log"]), f"*/{_EVENTS}")
-        logs = [log for log in logs if 0 <= log.FirstEventTimestamp() - run.start <= run.episodes["t"].max()]
-        if len(logs) > 1:
-            raise ValueError(f"{len(logs)} logs in {run.model['tensorboard_log']} may belong to this run")
+    files = find_files(run.folder, *(f"{folders}*tfevents*" for folders in ("", "*/", "*/*/")))
+    logs = []
+    for folder in sorted({path.parent for path in files}):
+        # TensorBoard opens all of these
+        inside = set(folder.glob("*tfevents*"))
+        if not inside.issubset(files) or sum(path.stat().st_size for path in inside) > _MAX_BYTES:
+            raise ValueError(f"the TensorBoard log in {folder.name} contains links, or more than {_MAX_BYTES:,} bytes")
+        logs.append(EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload())
+    logs = [log for log in logs if log.Tags()["scalars"]]
     if not logs:
         raise ValueError("no TensorBoard log")
     log = max(logs, key=lambda log: log.FirstEventTimestamp())
@@ -198,19 +274,19 @@ def _read_scalars(run: Run) -> None:
 
 
 def _read_command(run: Run) -> None:
-    arguments, commands = run.folder / "arguments.json", sorted(run.folder.glob("*/command.txt"))
-    if arguments.exists():
-        given = json.loads(arguments.read_text(encoding="utf-8"))
+    commands = find_files(run.folder, "*/command.txt")
+    if find_files(run.folder, "arguments.json"):
+        given = _read_json(run, "arguments.json")
         options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not None]
         run.command = shlex.join(["python", "examples/lunar_lander.py", *itertools.chain(*options)])
     elif commands:
-        run.command = _zoo_command(commands[0].read_text(encoding="utf-8"), run)
-    elif run.command is None:
-        raise ValueError("no arguments.json, command.txt or result.json")
+        run.command = _zoo_command(read_file(commands[0], _MAX_TEXT).decode(), run)
+    else:
+        raise ValueError("no arguments.json or command.txt")
 
 
 def _zoo_command(text: str, run: Run) -> str:
-    """Complete RL Zoo's command with quotes and the random seed, and remove the checkpoint of a resumed run."""
+    """Complete RL Zoo's command with quotes and the random seed."""
     words: list[str] = []
     for word in text.split():
         # A space inside brackets is part of an argument
@@ -220,18 +296,13 @@ def _zoo_command(text: str, run: Run) -> str:
             words.append(word)
     if words[1:3] == ["-m", "sb3_reinforce"] or Path(words[1]).name == "sb3-reinforce":
         words = ["sb3-reinforce", *words[words.index("train") :]]
-    arguments = yaml.load(next(run.folder.glob("*/args.yml")).read_text(encoding="utf-8"), _ZooLoader)
-    for option in {"-i", "--trained-agent"}.intersection(words):
-        if Path(arguments["trained_agent"]).parent.name == run.name:
-            del words[words.index(option) : words.index(option) + 2]
-    seed = ["--seed", str(arguments["seed"])]
-    return shlex.join(words if seed in map(list, itertools.pairwise(words)) else words + seed)
+    seed = ["--seed", run.seed.removesuffix(" (drawn)")]
+    return shlex.join(words if not run.model or seed in map(list, itertools.pairwise(words)) else words + seed)
 
 
 def _find_videos(run: Run) -> None:
     # RL Zoo's training.mp4 contains the videos of the checkpoints
-    paths = sorted(path for name in ("*.mp4", "videos/*.mp4") for path in run.folder.glob(name))
-    paths = [path for path in paths if not path.name.startswith("checkpoint-")]
-    run.videos = [path for path in paths if path.stat().st_size <= _MAX_VIDEO_BYTES]
+    paths = [path for path in find_files(run.folder, "*.mp4", "videos/*.mp4") if not path.name.startswith("checkpoint-")]
+    run.videos = [path for path in paths if path.stat().st_size <= _MAX_BYTES]
     if not paths or len(run.videos) < len(paths):
         raise ValueError("too large for the report" if paths else "no *.mp4")
