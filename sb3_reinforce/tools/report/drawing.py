@@ -51,7 +51,7 @@ def picture(into: list[dict[str, Any]], title: str, text: str, alt: str, width: 
     :param salt: salt of the ids in the SVG, which must be unique for figures with the same title
     :return: axes to draw on
     """
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": salt + title, "text.parse_math": False, "font.size": 9}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": ascii(salt + title), "text.parse_math": False, "font.size": 9}
     style |= {"axes.grid": True, "grid.alpha": 0.15, "axes.spines.top": False, "axes.spines.right": False}
     style |= {f"{part}color": INK for part in ("axes.edge", "axes.label", "text.", "xtick.", "ytick.", "grid.")}
     with matplotlib.rc_context(style):

@@ -33,6 +33,8 @@ from sb3_reinforce.tools.report.estimates import interval
 _NO_SETTINGS = ("policy", "seed", "tensorboard_log", "verbose", "device")
 #: Bytes of a file, of a text, and numbers of an array
 _MAX_BYTES, _MAX_TEXT, _MAX_NUMBERS = 30_000_000, 300_000, 100_000
+#: Plots fail with numbers near the limits of float64
+_MAX_VALUE = 1e30
 
 
 @dataclass
@@ -150,8 +152,8 @@ def _read_json(run: Run, name: str) -> Any:
 
 def _numbers(values: Any, n_dims: int = 1) -> np.ndarray:
     numbers = np.array(values, dtype=float)
-    if numbers.ndim != n_dims or not 0 < numbers.size <= _MAX_NUMBERS or not np.isfinite(numbers).all():
-        raise ValueError(f"expected {n_dims} dimensions, and 1 to {_MAX_NUMBERS:,} finite numbers")
+    if numbers.ndim != n_dims or not 0 < numbers.size <= _MAX_NUMBERS or not (np.abs(numbers) < _MAX_VALUE).all():
+        raise ValueError(f"expected {n_dims} dimensions, and 1 to {_MAX_NUMBERS:,} numbers below {_MAX_VALUE}")
     return numbers
 
 
@@ -168,7 +170,7 @@ def _read_episodes(run: Run) -> None:
         raise ValueError(f"no *.{Monitor.EXT}")
     episodes = pd.concat(tables).sort_values("t", ignore_index=True)
     run.env_id = str(headers[0].get("env_id") or run.env_id)
-    episodes = episodes[np.isfinite(episodes).all(axis=1)]
+    episodes = episodes[(episodes.abs() < _MAX_VALUE).all(axis=1)]
     if episodes.empty:
         raise ValueError("no finished episode")
     run.episodes = episodes.assign(steps=episodes["l"].cumsum())
@@ -268,7 +270,7 @@ def _read_scalars(run: Run) -> None:
         raise ValueError("no TensorBoard log")
     log = max(logs, key=lambda log: log.FirstEventTimestamp())
     for tag in log.Tags()["scalars"]:
-        points = np.array([(event.step, event.value) for event in log.Scalars(tag) if np.isfinite(event.value)])
+        points = np.array([(event.step, event.value) for event in log.Scalars(tag) if abs(event.value) < _MAX_VALUE])
         if len(points):
             run.scalars[tag] = points[:, 0], points[:, 1]
 
