@@ -260,10 +260,9 @@ class REINFORCE(EpisodicAlgorithm):
                         _, log_prob, entropy = policy.evaluate_actions(batch.observations, actions)
                     else:
                         distribution, _ = policy.evaluate_observations(batch.observations)
-                        log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
                         # With target_kl=None, the algorithm is the textbook's
-                        if self.target_kl is not None and isinstance(self.action_space, spaces.Box):
-                            log_prob = returns.clipped_log_prob(distribution, actions, self.action_space)
+                        space = None if self.target_kl is None else self.action_space
+                        log_prob, entropy = returns.log_prob(distribution, actions, space), distribution.entropy()
                     policy_gradient_loss = returns.policy_gradient_loss(log_prob, batch.advantages)
                     entropy_loss = returns.entropy_loss(log_prob, entropy)
                     loss = policy_gradient_loss + self.ent_coef * entropy_loss

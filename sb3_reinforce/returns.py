@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common import distributions
 
 AdvantageName = Literal["monte_carlo", "q", "advantage", "td"]
@@ -93,17 +92,18 @@ def batch_normalize(advantages: np.ndarray, eps: float = 1e-8) -> np.ndarray:
     return centered / (centered.std() + eps)
 
 
-def clipped_log_prob(distribution: distributions.Distribution, actions: th.Tensor, space: spaces.Box) -> th.Tensor:
+def log_prob(distribution: distributions.Distribution, actions: th.Tensor, space: Any = None) -> th.Tensor:
     """
     Log-probability of what the environment sees of sampled actions: a normal action beyond a bound has the log-probability of
     everything beyond it. The expected policy gradient is the same as that of the sampled actions, and its variance is lower
     (Fujita & Maeda, 2018, "Clipped action policy gradient", https://arxiv.org/abs/1802.07564).
 
     :param actions: (n_transitions, ...) actions before they are clipped
+    :param space: space to whose bounds normal actions are clipped, None for the density of the samples
     :return: (n_transitions,) nats. Squashed actions are never clipped
     """
     is_normal = type(distribution) in (distributions.DiagGaussianDistribution, distributions.StateDependentNoiseDistribution)
-    if not is_normal or getattr(distribution, "bijector", None):
+    if space is None or not is_normal or getattr(distribution, "bijector", None):
         return distribution.log_prob(actions)
     normal: Any = distribution.distribution
     clipped = actions.clamp(*(th.as_tensor(bound).to(actions).flatten() for bound in (space.low, space.high)))

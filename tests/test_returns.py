@@ -23,10 +23,10 @@ from stable_baselines3.common.distributions import (
 from sb3_reinforce.returns import (
     action_advantages,
     batch_normalize,
-    clipped_log_prob,
     discounted_returns,
     entropy_loss,
     kl_divergence,
+    log_prob,
     monte_carlo_advantages,
     policy_gradient_loss,
     q_advantages,
@@ -178,8 +178,8 @@ def test_clipping_keeps_the_expected_policy_gradient_and_reduces_its_variance(
     advantages = th.sin(3 * actions.clamp(low, high)).flatten()
     mean, log_stds = (th.full((len(actions), 1), value, dtype=th.float64, requires_grad=True) for value in (loc, log_std))
     distribution, moments = DiagGaussianDistribution(1).proba_distribution(mean, log_stds), list[th.Tensor]()
-    for log_prob in (distribution.log_prob(actions), clipped_log_prob(distribution, actions, space)):
-        scores = th.stack(th.autograd.grad(log_prob.sum(), (mean, log_stds), retain_graph=True)).squeeze(-1)
+    for nats in (log_prob(distribution, actions), log_prob(distribution, actions, space)):
+        scores = th.stack(th.autograd.grad(nats.sum(), (mean, log_stds), retain_graph=True)).squeeze(-1)
         moments += [(scores * advantages) @ weights, (scores * advantages) ** 2 @ weights]
     expected, before, gradient, after = moments
     np.testing.assert_allclose(gradient, expected, atol=2e-3)
@@ -191,7 +191,7 @@ def test_squashed_actions_are_not_clipped():
     gsde = StateDependentNoiseDistribution(2, squash_output=True)
     gsde.proba_distribution_net(3)
     squashed = gsde.proba_distribution(th.zeros(1, 2), th.zeros(3, 2), th.ones(1, 3))
-    assert th.equal(clipped_log_prob(squashed, actions, space), squashed.log_prob(actions))
+    assert th.equal(log_prob(squashed, actions, space), squashed.log_prob(actions))
 
 
 def test_entropy_loss_is_minus_the_mean_entropy_or_its_estimate():
