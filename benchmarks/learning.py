@@ -23,7 +23,6 @@ runs are skipped.
 import argparse
 import contextlib
 import io
-import os
 import sys
 import tempfile
 import time
@@ -154,15 +153,12 @@ def make_model(
     import rl_zoo3.exp_manager
 
     from sb3_reinforce.tools import register
-    from sb3_reinforce.tools.zoo import WORKERS
 
     register()
     ours = algo in ("reinforce", "workers", "envpool")
     manager_class = rl_zoo3.exp_manager.ExperimentManager
     other_ways = contextlib.ExitStack()
-    if algo == "workers":
-        other_ways.enter_context(mock.patch.dict(os.environ, {WORKERS: "2"}))
-    elif algo == "envpool":
+    if algo == "envpool":
         other_ways.enter_context(mock.patch.object(manager_class, "create_envs", make_pool))
         # At least as many steps per batch as with the eight environments of the hyperparameter file
         params = dict(n_envs=POOL, n_steps=63) | params
@@ -170,7 +166,7 @@ def make_model(
         if config is None and not ours:
             config = settings_of_v4(algo, env_id, Path(folder))
         manager = manager_class(
-            argparse.Namespace(),
+            argparse.Namespace(workers=2 if algo == "workers" else 0),
             "reinforce" if ours else algo,
             env_id,
             folder,

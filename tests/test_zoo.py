@@ -46,7 +46,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     zoo.register()
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    monkeypatch.setenv(zoo.WORKERS, "0")
     monkeypatch.setattr(huggingface_sb3, "load_from_hub", huggingface_sb3.load_from_hub)
 
 

@@ -412,9 +412,14 @@ def _event_file(output: TensorBoardOutputFormat) -> Path:
     return Path(output.writer._get_file_writer().event_writer._file_name)
 
 
+def checkpoint_pattern(name_prefix: str = "checkpoint") -> re.Pattern[str]:
+    """Pattern of the file names of checkpoints, with the run (None: not part of the name) and the steps."""
+    return re.compile(rf"{re.escape(name_prefix)}_(?:([0-9a-f]{{8}})_)?(\d+)_steps\.zip")
+
+
 def _checkpoints(folder: Path, name_prefix: str) -> list[tuple[int, str | None, Path]]:
     """Steps, run (None: not part of the name) and path of each checkpoint, sorted by steps."""
-    pattern = re.compile(rf"{re.escape(name_prefix)}_(?:([0-9a-f]{{8}})_)?(\d+)_steps\.zip")
+    pattern = checkpoint_pattern(name_prefix)
     try:
         # Unlike glob(), this raises an error if the folder cannot be read
         names = os.listdir(folder)

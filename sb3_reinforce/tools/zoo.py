@@ -15,7 +15,6 @@ import glob
 import importlib
 import inspect
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -43,6 +42,7 @@ from sb3_reinforce.episodes.vec_env import EpisodeVecEnv, wrap_env
 from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.tools.checkpoints import (
     AtomicCheckpointCallback,
+    checkpoint_pattern,
     newest_checkpoint,
     restore_evaluations,
     statistics_path,
@@ -51,8 +51,6 @@ from sb3_reinforce.tools.env_factory import EnvFactory
 
 ALGO = "reinforce"
 _DEFAULTS = ["--algo", ALGO, "--folder", "logs"]
-#: Environment variable with the number of workers for experiments without ``--workers``
-WORKERS = "SB3_REINFORCE_WORKERS"
 #: Commands of rl_zoo3 and their default options: ``train`` writes to the folder "logs", and ``enjoy`` uses the time limit of
 #: the environment instead of the one for training
 COMMANDS: dict[str, list[str]] = {
@@ -121,7 +119,7 @@ class Experiments(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.workers = getattr(self.args, "workers", 0) or int(os.environ.get(WORKERS, 0))
+        self.workers = getattr(self.args, "workers", 0)
         if self.workers and (self.algo != ALGO or self.optimize_hyperparameters):
             raise SystemExit(f"--workers is only available for training with {ALGO}, and not with -optimize (use --n-jobs)")
         self.resumes = self.algo == ALGO and self.continue_training and is_checkpoint(self.trained_agent)
@@ -233,7 +231,7 @@ class Experiments(_Base):
 
 def is_checkpoint(path: str) -> bool:
     """Return whether a path has a file name of :class:`~sb3_reinforce.tools.checkpoints.AtomicCheckpointCallback`."""
-    return re.fullmatch(r"checkpoint_(\w+_)?\d+_steps\.zip", os.path.basename(path)) is not None
+    return checkpoint_pattern().fullmatch(os.path.basename(path)) is not None
 
 
 def find_checkpoint(options: list[str]) -> list[str]:
