@@ -19,7 +19,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sb3_reinforce import REINFORCE, MlpPolicy
+from sb3_reinforce import REINFORCE, EnvFactory, MlpPolicy
 from sb3_reinforce.episodes import tasks
 from sb3_reinforce.episodes.schedule import episode_seed
 from sb3_reinforce.episodes.tasks import pack_config, run_episodes, start_process
@@ -228,20 +228,33 @@ def test_any_ranges_in_any_order_give_the_same_episodes(
     assert_same([episode for index in range(len(sizes)) for episode in parts[index]], whole)
 
 
-class Threads(RandomLengthEnv):
+class Settings(RandomLengthEnv):
     def step(self, action: Any) -> Any:
         *step, info = super().step(action)
-        return *step, {"threads": th.get_num_threads()}
+        return *step, {"settings": tasks._torch_settings()}
 
 
-def test_workers_use_as_many_threads_as_the_main_process():
-    model = make_model(partial(Threads, 5), **SMALL)
-    for n_threads in (2, 1):
+def test_workers_use_the_settings_of_pytorch_of_the_main_process():
+    def set_all(n_threads: int, precision: str, mkldnn: bool) -> None:
         th.set_num_threads(n_threads)
+        th.set_float32_matmul_precision(precision)
+        th.backends.mkldnn.enabled = mkldnn  # type: ignore[assignment]
+
+    before, model = tasks._torch_settings(), make_model(partial(Settings, 5), **SMALL)
+    for wanted in ((2, "medium", False), (1, "highest", True)):
+        set_all(*wanted)
         content = pack_config(model)
-        th.set_num_threads(1)
-        (episode,) = run(content, range(1), f"{n_threads} threads")
-        assert {info["threads"] for info in episode.infos} == {n_threads}
+        set_all(*before)
+        (episode,) = run(content, range(1), str(wanted))
+        assert {info["settings"] for info in episode.infos} == {wanted}
+    set_all(*before)
+
+
+def test_an_id_that_only_this_process_knows_is_made_by_workers(monkeypatch: pytest.MonkeyPatch):
+    gym.register("OnlyHere-v0", partial(RandomLengthEnv, 5))
+    contents = [pack("OnlyHere-v0"), pack(EnvFactory("OnlyHere-v0"))]
+    del gym.registry["OnlyHere-v0"]
+    assert all(len(run(content, range(2), str(index))) == 2 for index, content in enumerate(contents))
 
 
 # Errors
@@ -324,14 +337,24 @@ def test_an_environment_that_cannot_be_made_is_an_error(made: list[Any]):
     assert "before the end of episode 7" in error.__notes__[0] and "make_or_raise" in error.__notes__[0]
 
 
-def test_a_process_ignores_ctrl_c_and_ends_with_the_main_process(monkeypatch: pytest.MonkeyPatch):
+def test_a_process_ignores_ctrl_c_and_ends_with_the_main_process(monkeypatch: pytest.MonkeyPatch, made: list[Closing]):
+    """SIGTERM ends the current episode, and the environment is closed at exit."""
     parents, ended = iter([1, 1, 0]), threading.Event()
     monkeypatch.setattr(tasks, "os", SimpleNamespace(getppid=lambda: next(parents), _exit=lambda code: ended.set()))
     monkeypatch.setattr(tasks, "time", SimpleNamespace(sleep=lambda seconds: None))
-    before = signal.getsignal(signal.SIGINT)
+    exits: list[Any] = []
+    monkeypatch.setattr(tasks, "atexit", SimpleNamespace(register=exits.append))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         start_process(1)
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in before:
+            os.kill(os.getpid(), number)
         assert ended.wait(10)
+        episodes, error = run_episodes("a", pack(make_counted), range(1))
+        assert episodes == [] and type(error) is InterruptedError
+        exits[0]()
+        assert made[-1].closed
     finally:
-        signal.signal(signal.SIGINT, before)
+        tasks._STOP.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """Whole episodes from an executor: ranges of episodes, their order, errors, and what workers can be."""
 
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -301,6 +302,23 @@ def test_loky_is_needed_only_to_learn(monkeypatch: pytest.MonkeyPatch):
 def test_other_workers_are_refused(workers: Any):
     with pytest.raises(ValueError, match=r"workers must be an integer of at least 1, or None, got workers="):
         REINFORCE("MlpPolicy", "CartPole-v1", workers=workers, **SMALL)
+
+
+def test_executors_that_fork_and_daemonic_processes_are_refused(monkeypatch: pytest.MonkeyPatch):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as executor:
+        with pytest.raises(ValueError, match=r"workers=.* forks this process, .*give it mp_context"):
+            REINFORCE("MlpPolicy", "CartPole-v1", workers=executor, **SMALL)
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+    with pytest.raises(ValueError, match=r"workers=2 cannot start processes in a daemonic one, .*: use workers=None"):
+        REINFORCE("MlpPolicy", "CartPole-v1", workers=2, **SMALL)
+
+
+@pytest.mark.parametrize("use", ["get_attr", "env_method"])
+def test_callbacks_do_not_reach_the_environments_of_workers(use: str):
+    model = REINFORCE("MlpPolicy", MAKE, workers=FakeExecutor(1), **SMALL)
+    with pytest.raises(RuntimeError, match="Workers have their own environments"):
+        model.learn(1, callback=lambda locals_, globals_: getattr(model.env, use)("close") is None)
+    model.env.get_attr("seeds")  # type: ignore[union-attr]
 
 
 # Environments

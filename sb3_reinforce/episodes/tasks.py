@@ -1,5 +1,6 @@
 """What a worker runs: whole episodes, as a function of the weights, the seed and their numbers alone."""
 
+import atexit
 import os
 import signal
 import threading
@@ -36,7 +37,8 @@ def pack_config(model: Any) -> bytes:
     env, policy = model.env.unwrapped, copy(getattr(model.policy, "_orig_mod", model.policy))
     policy.__dict__.pop("optimizer", None)
     config = SimpleNamespace(policy=policy, env_seed=model.seed, noise_seed=model.run_seed)
-    config.sde_sample_freq, config.n_threads = model.sde_sample_freq, th.get_num_threads()
+    config.sde_sample_freq, config.torch_settings = model.sde_sample_freq, _torch_settings()
+    config.seed_episodes = model.seed_episodes
     # A worker keeps its environment until this name changes
     config.env_name, config.env, config.max_episode_steps = env.name, env.maker, env.max_episode_steps
     config.observation_space, config.action_space = model.env.observation_space, model.env.action_space
@@ -51,15 +53,19 @@ def pack_config(model: Any) -> bytes:
         ) from error
 
 
+def _torch_settings() -> tuple[int, str, bool]:
+    """Settings of PyTorch on which rounding depends."""
+    return th.get_num_threads(), th.get_float32_matmul_precision(), bool(th.backends.mkldnn.enabled)
+
+
 #: Configuration and environment that this thread used last, with their names
 _LATEST = threading.local()
+#: Set when episodes must end
+_STOP = threading.Event()
 
 
 def run_episodes(config_name: str, content: bytes, numbers: range) -> tuple[list[Episode], Exception | None]:
-    """
-    Run consecutive episodes in a worker, with the result of :func:`pack_config` and a name that changes with it. Return them,
-    and the error that ended them, which matters only if the batch needs the episode that raised it.
-    """
+    """Run consecutive episodes, with what :func:`pack_config` returned. Return them, and the error that ended them."""
     episodes: list[Episode] = []
     try:
         latest = vars(_LATEST)
@@ -68,8 +74,10 @@ def run_episodes(config_name: str, content: bytes, numbers: range) -> tuple[list
         config = latest["config"]
         env = _make_env(config)
         act = make_actor(config.policy, EpisodeNoise(1, config.noise_seed, config.sde_sample_freq))
-        if th.get_num_threads() != config.n_threads:
-            th.set_num_threads(config.n_threads)
+        if _torch_settings() != config.torch_settings:
+            n_threads, precision, th.backends.mkldnn.enabled = config.torch_settings
+            th.set_num_threads(n_threads)
+            th.set_float32_matmul_precision(precision)
         for number in numbers:
             episodes.append(_run_episode(config, env, act, number))
     except (Exception, SystemExit) as error:
@@ -103,12 +111,15 @@ def _make_env(config: SimpleNamespace) -> VecEnv:
 
 
 def _run_episode(config: SimpleNamespace, env: VecEnv, act: Actor, number: int) -> Episode:
-    schedule = EpisodeSchedule(1, 0, 1, number, config.env_seed)
+    is_seeded = config.seed_episodes or env.unwrapped.user is None  # type: ignore[attr-defined]
+    schedule = EpisodeSchedule(1, 0, 1, number, config.env_seed if is_seeded else None)
     source = EpisodeSource(env, schedule, config)
     obs = source.begin(None, np.ones(1, dtype=bool))
     act.noise.begin([0], schedule.numbers)
     steps: list[Any] = []
     while schedule.n_active:
+        if _STOP.is_set():
+            raise InterruptedError("The process was asked to end")
         actions, clipped_actions = source.act(act, obs)
         new_obs, rewards, _, infos = source.step(clipped_actions)
         steps.append((obs, actions[0], clipped_actions[0], rewards[0], infos[0]))
@@ -120,9 +131,11 @@ def _run_episode(config: SimpleNamespace, env: VecEnv, act: Actor, number: int) 
 
 
 def start_process(main_process: int) -> None:
-    """Prepare a process that runs episodes until the process with the id ``main_process`` ends."""
+    """Prepare a process that runs episodes until SIGTERM, or the end of the process with the id ``main_process``."""
     # A terminal sends Ctrl-C to all processes: only the main one handles it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _STOP.set())
+    atexit.register(lambda: "env" in vars(_LATEST) and _LATEST.env.close())
 
     def watch() -> None:
         while os.getppid() == main_process:

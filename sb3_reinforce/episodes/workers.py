@@ -1,7 +1,9 @@
 """A batch of whole episodes from an executor: processes of this machine, or of a cluster."""
 
+import multiprocessing
 import numbers
 import os
+import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -26,10 +28,16 @@ def check_workers(workers: Any, env: VecEnv) -> None:
         return
     if not isinstance(workers, Executor):
         check_count("workers", workers)
+        if multiprocessing.current_process().daemon:
+            raise ValueError(
+                f"{workers=} cannot start processes in a daemonic one, as of multiprocessing.Pool: use workers=None"
+            )
+    if (context := getattr(workers, "_mp_context", None)) is not None and context.get_start_method() == "fork":
+        raise ValueError(f'{workers=} forks this process, where PyTorch may hang: give it mp_context=get_context("spawn")')
     if not skips_idle_envs(env) or env.num_envs > 1 or env.unwrapped.maker is None:  # type: ignore[attr-defined]
         raise ValueError(
-            f"workers={workers!r} cannot use the environment {env}, because each worker makes its own. Give its id, an "
-            "EnvSpec, or a function that makes it with all its wrappers (instead of VecNormalize: normalize_observations=True)"
+            f"{workers=} cannot use the environment {env}, because each worker makes its own. Give its id, an EnvSpec, or a "
+            "function that makes it with all its wrappers (instead of VecNormalize: normalize_observations=True)"
         )
 
 
@@ -44,8 +52,8 @@ class Workers:
                 import loky
             except ImportError as error:
                 raise ImportError(f"{error}. A number of workers needs: pip install 'sb3-reinforce[workers]'") from error
-            self._n_processes, start = int(workers), dict(initializer=start_process, initargs=(os.getpid(),))
             # loky's reusable executor may be shared with others
+            self._n_processes, start = int(workers), dict(initializer=start_process, initargs=(os.getpid(),))
             self._executor = loky.ProcessPoolExecutor(self._n_processes, timeout=300, **start)
         #: Mean number of steps of an episode of the latest batch (None: no batch yet), and steps of unused episodes in total
         self.mean_steps: float | None = None
@@ -60,8 +68,14 @@ class Workers:
         return max(1, sum(client.ncores().values())) if client is not None else os.cpu_count() or 1
 
     def close(self) -> None:
-        """Stop the processes. A given executor keeps running."""
+        """Stop the processes, which close their environments if a step ends in time. A given executor keeps running."""
         if self._n_processes is not None:
+            processes, deadline = [*(self._executor._processes or {}).values()], time.monotonic() + 1.5
+            self._executor.shutdown(wait=False)
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join(max(0, deadline - time.monotonic()))
             self._executor.shutdown(wait=True, kill_workers=True)
 
     def episodes(self, config: bytes, schedule: EpisodeSchedule) -> Iterator[Episode]:
@@ -125,7 +139,7 @@ def collect_from_workers(
 ) -> bool:
     """
     Fill a buffer with the episodes of a schedule, which workers run, see ``collect_rollouts``. The callback sees the steps in
-    order, once their episode is complete, and what it changes of the policy acts from the next batch on.
+    order, once their episode is complete.
     """
     model.policy.set_training_mode(False)
     rollout_buffer.reset()
@@ -135,11 +149,7 @@ def collect_from_workers(
     known: dict[str, Any] = dict(model=model, env=model.env, callback=callback, rollout_buffer=rollout_buffer)
     known |= dict(schedule=schedule, active=active, n_rollout_steps=n_rollout_steps)
     for episode in workers.episodes(pack_config(model), schedule):
-        rewards, at_end = episode.rewards.astype(np.float64), np.arange(len(episode.rewards)) == len(episode.rewards) - 1
-        if model.bootstrap_timeouts:
-            rewards[-1] += model.gamma * timeout_values(model.policy, episode.infos[-1:], np.array([len(rewards)]))[0]
-        starts = np.roll(at_end, 1)
-        rollout_buffer.add(episode.observations, episode.actions, rewards, starts, np.ones_like(starts))
+        at_end = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
         for step in _steps(episode, at_end):
             model.num_timesteps += 1
             n_steps += 1
@@ -147,6 +157,11 @@ def collect_from_workers(
             if not callback.on_step():
                 return False
         model._update_info_buffer(episode.infos[-1:], active)
+        # Callbacks may have changed them
+        rewards, starts = episode.rewards.astype(np.float64), np.roll(at_end, 1)
+        if model.bootstrap_timeouts:
+            rewards[-1] += model.gamma * timeout_values(model.policy, episode.infos[-1:], np.array([len(rewards)]))[0]
+        rollout_buffer.add(episode.observations, episode.actions, rewards, starts, np.ones_like(starts))
     finish_rollout(rollout_buffer, schedule, n_steps, model.logger)
     model.logger.record("time/discarded_steps", workers.n_discarded)
     return True

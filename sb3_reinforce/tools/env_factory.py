@@ -31,6 +31,11 @@ class EnvFactory:
     monitor_dir: str | None = None
     monitor_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Other processes may not know the id
+        if isinstance(self.env_id, str) and self.env_id in gym.registry:
+            self.env_id = gym.spec(self.env_id)
+
     def __call__(self) -> gym.Env:
         # Process ids are not unique across machines
         filename = None if self.monitor_dir is None else os.path.join(self.monitor_dir, uuid.uuid4().hex)

@@ -16,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 from gymnasium import spaces
 
@@ -157,6 +158,27 @@ def no_process_left() -> Iterator[None]:
 def test_processes_train_like_this_one(workers: int):
     with no_process_left():
         assert_same(train(workers, **CONFIGURATIONS["n_steps"]), reference("n_steps"))
+
+
+class Closing(RandomLengthEnv):
+    """Writes a file when it is closed."""
+
+    folder: Path | None = None
+
+    def close(self) -> None:
+        assert self.folder is not None
+        (self.folder / str(os.getpid())).touch()
+
+
+def make_closing(folder: Path) -> gym.Env:
+    env = Closing(9)
+    env.folder = folder
+    return env
+
+
+def test_environments_of_processes_are_closed_when_learn_ends(tmp_path: Path):
+    make_model(2, env=partial(make_closing, tmp_path), n_episodes=20).learn(1)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @on("threads", slow=("pool", "spawned", "dask", "actors"))
