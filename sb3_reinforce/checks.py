@@ -1,5 +1,6 @@
 """Validation of the hyperparameters of REINFORCE."""
 
+import warnings
 from typing import Any, get_args
 
 from sb3_reinforce.baselines import BASELINES
@@ -7,6 +8,9 @@ from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.episodes.checks import check_count, is_integer, is_real
 from sb3_reinforce.policies import MlpPolicy
 from sb3_reinforce.returns import AdvantageName
+
+#: Learning rate of the constructor, which only steps of the optimizer use
+DEFAULT_RATE = 1e-3
 
 
 def check_hyperparameters(model: Any) -> None:
@@ -25,6 +29,12 @@ def check_hyperparameters(model: Any) -> None:
     check("ent_coef", is_real(model.ent_coef, minimum=0), "finite and at least 0")
     rate, target_kl = model.learning_rate, model.target_kl
     check("learning_rate", callable(rate) or is_real(rate, minimum=0), "a schedule, or finite and at least 0")
+    unused = [] if rate == DEFAULT_RATE else ["learning_rate"]
+    unused += [name for name in ("optimizer_class", "optimizer_kwargs") if name in model.policy_kwargs]
+    if target_kl is not None and unused:
+        warnings.warn(
+            f"{' and '.join(unused)} of no effect: target_kl sets the length of steps, unless it is None", stacklevel=5
+        )
     is_step = target_kl in (None, "auto") or callable(target_kl) or (is_real(target_kl) and target_kl > 0)
     check("target_kl", is_step, "'auto', a schedule, or finite and above 0, or None for the optimizer's step")
     check("cg_max_steps", is_integer(model.cg_max_steps), "an integer of at least 1")

@@ -1,10 +1,7 @@
 """
-The natural gradient, with a damping that the batch chooses, and the length of a step along it.
-
-The natural gradient improves the policy most per change of its action distributions, whatever its parameters are (Amari, 1998;
-Kakade, 2001, "A natural policy gradient"; Peters & Schaal, 2008). A Krylov space approximates it without the Fisher matrix,
-and a divergence sets the length, as in truncated natural policy gradients (Duan et al., 2016,
-https://arxiv.org/abs/1604.06778).
+The natural gradient (Amari, 1998; Kakade, 2001, "A natural policy gradient"; Peters & Schaal, 2008), which improves the policy
+most per change of its action distributions, with a damping that the batch chooses. A Krylov space approximates it without the
+Fisher matrix, and a divergence sets the length of a step (Duan et al., 2016, https://arxiv.org/abs/1604.06778).
 """
 
 import math
@@ -15,6 +12,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.stateless import _reparametrize_module
 
 from sb3_reinforce.policies import BaselinePolicy, flatten
 
@@ -44,8 +42,12 @@ def fisher_vector_product(policy: BaselinePolicy, observations: PyTorchObs, para
 
     :param parameters: parameters with n entries in total
     """
+    # Aliases of the parameters have no hooks: experiment trackers expect the gradient of the loss there
+    names = {id(parameter): name for name, parameter in policy.named_parameters()}
+    aliases = {names[id(parameter)]: parameter.detach().requires_grad_() for parameter in parameters}
+    parameters = list(aliases.values())
     # PyTorch's fast attention has no second derivatives
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), _reparametrize_module(policy, aliases):
         distribution: Any = policy.evaluate_observations(observations)[0].distribution
         parts = distribution if isinstance(distribution, list) else [distribution]
         named = [{name: vars(part)[name] for name in part.arg_constraints if name in vars(part)} for part in parts]
@@ -71,13 +73,13 @@ def fisher_vector_product(policy: BaselinePolicy, observations: PyTorchObs, para
 
 
 class KrylovSpace(NamedTuple):
-    """Krylov space of the Fisher matrix F and a gradient, of k dimensions."""
+    """
+    Krylov space of the Fisher matrix F and a gradient: (k, n) orthonormal basis, which begins with the direction of the
+    gradient, (k, k) tridiagonal matrix ``basis F basis^T``, and norm of the gradient.
+    """
 
-    #: (k, n) orthonormal basis, which begins with the direction of the gradient
     basis: th.Tensor
-    #: (k, k) tridiagonal matrix, ``basis F basis^T``
     fisher: np.ndarray
-    #: Norm of the gradient
     norm: float
 
     def solve(self, damping: np.ndarray) -> np.ndarray:
@@ -95,11 +97,8 @@ class KrylovSpace(NamedTuple):
 
 def krylov_space(product: Product, gradient: th.Tensor, max_steps: int) -> KrylovSpace:
     """
-    Build a Krylov space with the Lanczos algorithm (Lanczos, 1950), reorthogonalized because of float32.
-
-    :param product: products with F
-    :param gradient: (n,) finite, not all zero
-    :param max_steps: maximum number of dimensions, and of products
+    Build a Krylov space of at most ``max_steps`` dimensions with the Lanczos algorithm (Lanczos, 1950), reorthogonalized
+    because of float32, for an (n,) gradient that is finite and not all zero.
     """
     # Squares of numbers below 1e-22 underflow in float32
     scale = gradient.abs().max()
@@ -123,11 +122,9 @@ def krylov_space(product: Product, gradient: th.Tensor, max_steps: int) -> Krylo
 
 def cross_validate(halves: Sequence[th.Tensor], spaces: Sequence[KrylovSpace], dampings: np.ndarray) -> np.ndarray:
     """
-    Judge dampings: each half of a batch proposes directions, and the other half judges them.
-
-    A short step of divergence ``e`` along a direction ``d`` improves the objective by ``sqrt(2 e) g.d / sqrt(d.F d)``. With
-    the gradient ``g`` of the other half, which does not share the noise of ``d``, the estimate is unbiased. With the gradient
-    of the half that proposes ``d``, it is what the direction promises, which is too much.
+    Judge dampings: each half of a batch proposes directions, and the other half judges them. A short step of divergence ``e``
+    along a direction ``d`` improves the objective by ``sqrt(2 e) g.d / sqrt(d.F d)``. With the gradient ``g`` of the other
+    half, which does not share the noise of ``d``, the estimate is unbiased; with that of the half itself, it is too large.
 
     :param halves: two (n,) gradients from different episodes
     :param spaces: their Krylov spaces

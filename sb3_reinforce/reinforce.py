@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 from collections import defaultdict
 from concurrent.futures import Executor
 from copy import copy
@@ -16,7 +17,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import explained_variance
 
 from sb3_reinforce import natural_gradient, returns
-from sb3_reinforce.checks import check_hyperparameters
+from sb3_reinforce.checks import DEFAULT_RATE, check_hyperparameters
 from sb3_reinforce.episodes.acting import overrides
 from sb3_reinforce.episodes.algorithm import EpisodicAlgorithm
 from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
@@ -25,8 +26,7 @@ from sb3_reinforce.episodes.schedule import torch_seeded_from, update_rng
 from sb3_reinforce.episodes.vec_env import EnvSource
 from sb3_reinforce.policies import BaselineName, BaselinePolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, flatten, with_baseline
 
-#: Maximum number of parameters for which a batch is halved, because a Krylov space takes memory
-_MAX_PARAMETERS = 20_000_000
+_MAX_PARAMETERS = 20_000_000  # of a policy whose batches are halved, because a Krylov space takes memory
 #: Action distributions and the critic's extracted features in the states of a batch, by chunk
 Evaluations = list[tuple[Distribution, th.Tensor]]
 
@@ -36,9 +36,8 @@ class REINFORCE(EpisodicAlgorithm):
     REINFORCE: Monte-Carlo policy gradients with a closed-form state-value baseline and normalized advantages.
 
     Each iteration collects whole episodes with the current policy, computes discounted returns, subtracts the baseline (fitted
-    to earlier batches), normalizes the result, and takes one step on ``-mean(log pi(a|s) * advantage)``. Then the baseline is
-    fitted to the batch. The step follows the natural gradient; the batches choose how natural it is, and how long. With
-    ``target_kl=None``, it is a step of the optimizer at ``learning_rate``.
+    to earlier batches), normalizes the result, and takes one step on ``-mean(log pi(a|s) * advantage)``, along the natural
+    gradient; the batches choose how natural it is, and how long. Then the baseline is fitted to the batch.
 
     Paper: Williams (1992), https://doi.org/10.1007/BF00992696; with a baseline: Sutton & Barto (2018), section 13.4. Natural
     gradient: Kakade (2001); Peters & Schaal (2008); Duan et al. (2016, TNPG), https://arxiv.org/abs/1604.06778
@@ -53,7 +52,7 @@ class REINFORCE(EpisodicAlgorithm):
     :param target_kl: Kullback-Leibler divergence of the new policy from the old one, in nats per transition, summed over
         action dimensions: a number above 0, a function of the current progress remaining, "auto" for 0.0125, which falls
         unless the gradient has a signal, or None for the optimizer's step. With a constant, the policy never settles
-    :param cg_max_steps: Maximum number of products with the Fisher matrix per gradient, at least 1, as in conjugate gradients
+    :param cg_max_steps: Maximum number of products with the Fisher matrix per gradient, at least 1
     :param cg_damping: Damping of the Fisher matrix: a number above 0 (small values give the natural gradient, large values the
         plain one), or "auto" for the one of ``DAMPINGS`` whose steps the other half of a batch has confirmed best
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
@@ -75,17 +74,19 @@ class REINFORCE(EpisodicAlgorithm):
     :param bootstrap_timeouts: Whether to add the baseline's value of the last observation to the reward at a time limit, as in
         SB3 (Pardo et al., 2018, https://arxiv.org/abs/1712.00378). By default, an episode is an episode: enable it if what
         follows the limit counts
-    :param normalize_observations: Whether the policy normalizes vector observations with running statistics, which are updated
-        with each batch and saved with it. None: only with the policies of this package and their subclasses
+    :param seed_episodes: Whether each ``reset()`` gets the seed of its episode, if there is a seed. False for the first one
+        alone, as in SB3: for environments that begin a list of tasks anew with each seed, or take long to reset with one.
+        Results are then not exactly reproducible
+    :param normalize_observations: Whether the policy normalizes vector observations with running statistics, which it saves.
+        None: only with the policies of this package and their subclasses
     :param stats_window_size: Number of episodes to average the reported success rate, episode length, and reward over
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation
     :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug
     :param seed: Seed for the pseudo random generators. If None, environments are not seeded, and ``run_seed`` (for the weights
         and the action noise) is drawn from NumPy's global generator
-    :param workers: Where episodes run: None for this process, a number of processes (with loky: the extra ``workers``), or a
-        ``concurrent.futures.Executor``, e.g. of a cluster. The environment must then be an id, an ``EnvSpec`` or a function.
-        Results do not depend on the number of workers, which is not saved
+    :param workers: Where episodes run: None for this process, a number of processes (extra ``workers``), or an ``Executor``,
+        e.g. of a cluster. The environment must then be an id, an ``EnvSpec`` or a function. Results do not depend on it
     :param device: Device (cpu, cuda, ...) on which the code should be run, "auto" for the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
     :raises ValueError: if an argument is out of its range, or a space of the environment is not supported
@@ -104,7 +105,7 @@ class REINFORCE(EpisodicAlgorithm):
         self,
         policy: str | type[ActorCriticPolicy],
         env: EnvSource | None,
-        learning_rate: float | Schedule = 1e-3,
+        learning_rate: float | Schedule = DEFAULT_RATE,
         n_steps: int | None = 1000,
         gamma: float = 0.99,
         ent_coef: float = 0.0,
@@ -123,6 +124,7 @@ class REINFORCE(EpisodicAlgorithm):
         baseline_memory: float = 0.6,
         baseline_kwargs: dict[str, Any] | None = None,
         bootstrap_timeouts: bool = False,
+        seed_episodes: bool = True,
         normalize_observations: bool | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -134,9 +136,10 @@ class REINFORCE(EpisodicAlgorithm):
         _init_setup_model: bool = True,
     ):
         kwargs: dict[str, Any] = dict(gamma=gamma, ent_coef=ent_coef, use_sde=use_sde, sde_sample_freq=sde_sample_freq)
-        kwargs |= dict(rollout_buffer_class=rollout_buffer_class, rollout_buffer_kwargs=rollout_buffer_kwargs)
+        kwargs |= dict(rollout_buffer_class=rollout_buffer_class, rollout_buffer_kwargs=rollout_buffer_kwargs, workers=workers)
         kwargs |= dict(stats_window_size=stats_window_size, tensorboard_log=tensorboard_log, policy_kwargs=policy_kwargs)
-        kwargs |= dict(verbose=verbose, seed=seed, device=device, workers=workers, bootstrap_timeouts=bootstrap_timeouts)
+        kwargs |= dict(bootstrap_timeouts=bootstrap_timeouts, seed_episodes=seed_episodes, verbose=verbose)
+        kwargs |= dict(seed=seed, device=device)
         super().__init__(policy, env, learning_rate, n_steps, n_episodes, max_episode_steps, **kwargs)
         self.target_kl = target_kl
         #: Running means of :func:`~sb3_reinforce.natural_gradient.cross_validate`
@@ -193,13 +196,18 @@ class REINFORCE(EpisodicAlgorithm):
 
     def train(self) -> None:
         """
-        Update the policy with one step on the whole batch, then fit the critics to it. An error or Ctrl-C leaves the model as
-        it was before, for example a ValueError because the gradient, or the policy after the step, is not finite.
+        Update the policy with one step on the whole batch, then fit the critics to it. An error leaves the model as it was,
+        for example a ValueError because the gradient, or the policy after the step, is not finite.
         """
         buffer, policy = self.rollout_buffer, self.policy
         self.logger.record("train/n_updates", self._n_updates + 1, exclude="tensorboard")
         self.logger.record("train/advantage_std", float(buffer.advantages.std()))
-        if self.normalize_advantage:
+        size = np.ptp(buffer.advantages) if self.normalize_advantage else np.abs(buffer.advantages).max()
+        if size <= 1e-6 * np.abs(buffer.returns).max():
+            buffer.advantages = np.zeros_like(buffer.advantages)
+            if self._n_updates > 0:
+                warnings.warn("A batch taught nothing: its advantages are equal. If this repeats, raise n_steps", stacklevel=2)
+        elif self.normalize_advantage:
             buffer.advantages = returns.batch_normalize(buffer.advantages)
 
         with self._all_or_nothing():
@@ -216,6 +224,8 @@ class REINFORCE(EpisodicAlgorithm):
             if divergence is not None:
                 self.logger.record("train/kl_divergence_loss", divergence)
             if hasattr(policy, "log_std"):
+                # float32 cannot tell actions apart that are closer
+                policy.log_std.data.clamp_(min=math.log(np.finfo(np.float32).eps))
                 self.logger.record("train/std", th.exp(policy.log_std).mean().item())
             features, actions = self._critic_inputs(new)
             if self.baseline is not None:
@@ -243,10 +253,7 @@ class REINFORCE(EpisodicAlgorithm):
 
     @th.enable_grad()
     def _compute_gradient(self) -> list[th.Tensor]:
-        """
-        Compute the gradients of the loss of each part of the batch, which add up to that of the batch, in train mode (this
-        affects batch norm / dropout).
-        """
+        """Compute the gradients of each part of the loss, in train mode (this affects batch norm / dropout)."""
         policy, buffer, is_discrete = self.policy, self.rollout_buffer, isinstance(self.action_space, spaces.Discrete)
         losses: dict[str, float] = defaultdict(float)
         gradients = []
@@ -260,7 +267,6 @@ class REINFORCE(EpisodicAlgorithm):
                         _, log_prob, entropy = policy.evaluate_actions(batch.observations, actions)
                     else:
                         distribution, _ = policy.evaluate_observations(batch.observations)
-                        # With target_kl=None, the algorithm is the textbook's
                         space = None if self.target_kl is None else self.action_space
                         log_prob, entropy = returns.log_prob(distribution, actions, space), distribution.entropy()
                     policy_gradient_loss = returns.policy_gradient_loss(log_prob, batch.advantages)
@@ -288,8 +294,7 @@ class REINFORCE(EpisodicAlgorithm):
 
     def _natural_step(self, old: Evaluations, gradients: list[th.Tensor]) -> Evaluations:
         """Take a step along the natural gradient. Return the evaluations of the new policy."""
-        target_kl: Any = self.target_kl
-        target_kl = target_kl(self._current_progress_remaining) if callable(target_kl) else target_kl
+        target_kl: Any = self.target_kl(self._current_progress_remaining) if callable(self.target_kl) else self.target_kl
         parameters, new = self.policy.trained_parameters(), Evaluations()
         if target_kl == 0 or not any(gradient.any() for gradient in gradients):
             return self._evaluate_batch()
@@ -305,10 +310,13 @@ class REINFORCE(EpisodicAlgorithm):
 
         try:
             product = natural_gradient.fisher_vector_product(self.policy, states, parameters)
-        except NotImplementedError as error:
-            raise ValueError(f"A {type(old[0][0]).__name__} has no closed-form divergence: set target_kl=None") from error
-        direction, chosen, scores = natural_gradient.natural_direction(product, gradients, dampings, scores, self.cg_max_steps)
-        self.damping_scores, signal = scores, float(scores[0, chosen] / max(scores[1, chosen], 1e-30))
+            found = natural_gradient.natural_direction(product, gradients, dampings, scores, self.cg_max_steps)
+        except RuntimeError as error:
+            if not isinstance(error, NotImplementedError) and "derivative" not in str(error):
+                raise
+            raise ValueError(f"The policy has no natural gradient ({error}): set target_kl=None") from error
+        direction, chosen, self.damping_scores = found
+        signal = float(self.damping_scores[0, chosen] / max(self.damping_scores[1, chosen], 1e-30))
         if len(gradients) > 1:
             self.logger.record("train/cg_damping", float(dampings[chosen]))
             self.logger.record("train/gradient_signal", signal)

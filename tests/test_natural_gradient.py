@@ -63,10 +63,11 @@ def test_assign_is_the_inverse_of_flatten_and_works_in_place():
 KINDS = ["Gaussian", "gSDE", "categorical", "multi-categorical", "bits"]
 
 
-class Policy:
+class Policy(nn.Module):
     """A network in double precision, and the actions and weights of an exact expectation in each state."""
 
     def __init__(self, kind: str, n_outputs: int, seed: int, has_fixed_std: bool = False):
+        super().__init__()
         th.manual_seed(seed)
         self.kind, self.n_outputs = kind, n_outputs
         self.choices = [n_outputs, 2] if kind == "multi-categorical" else [n_outputs]
@@ -74,9 +75,8 @@ class Policy:
         self.last = nn.Linear(3, sum(self.choices)).double()
         self.log_std = nn.Parameter(th.randn((3, n_outputs) if kind == "gSDE" else n_outputs, dtype=th.float64) / 2)
         self.log_std.requires_grad_(not has_fixed_std)
-        unused = nn.Parameter(th.zeros(1, dtype=th.float64))
-        parameters = [*self.hidden.parameters(), *self.last.parameters(), self.log_std, unused]
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.unused = nn.Parameter(th.zeros(1, dtype=th.float64))
+        self.trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def distribution(self, states: th.Tensor) -> Distribution:
         latent = self.hidden(states)
@@ -115,12 +115,12 @@ class Policy:
 
     def dense_fisher(self, states: th.Tensor) -> np.ndarray:
         """Mean over the states of the expected outer product of the score with itself."""
-        n = sum(parameter.numel() for parameter in self.parameters)
+        n = sum(parameter.numel() for parameter in self.trained)
         fisher = np.zeros((n, n))
         for state in states.split(1):
             for action, weight in self.actions(state):
                 log_prob = self.distribution(state).log_prob(action).sum()
-                score = flatten(th.autograd.grad(log_prob, self.parameters, materialize_grads=True)).numpy()
+                score = flatten(th.autograd.grad(log_prob, self.trained, materialize_grads=True)).numpy()
                 fisher += weight * np.outer(score, score) / len(states)
         return fisher
 
@@ -132,7 +132,7 @@ def test_fisher_vector_product_equals_the_dense_matrix_times_the_vector(
 ):
     policy: Any = Policy(kind, n_outputs, seed, has_fixed_std)
     states = th.randn(n_states, 2, dtype=th.float64)
-    product, fisher = fisher_vector_product(policy, states, policy.parameters), policy.dense_fisher(states)
+    product, fisher = fisher_vector_product(policy, states, policy.trained), policy.dense_fisher(states)
     # The graph is kept between products
     for _ in range(2):
         vector = th.randn(len(fisher), dtype=th.float64)
@@ -276,7 +276,7 @@ def test_natural_step_is_against_the_direction_and_has_the_divergence_asked_for(
     seed: int, kind: str, n_outputs: int, n_states: int, target_kl: float, size: float
 ):
     policy: Any = Policy(kind, n_outputs, seed)
-    states, before = th.randn(n_states, 2, dtype=th.float64), flatten(policy.parameters).detach()
+    states, before = th.randn(n_states, 2, dtype=th.float64), flatten(policy.trained).detach()
     with th.no_grad():
         old = policy.distribution(states)
 
@@ -284,9 +284,9 @@ def test_natural_step_is_against_the_direction_and_has_the_divergence_asked_for(
         with th.no_grad():
             return kl_divergence(old, policy.distribution(states)).mean().item()
 
-    direction, product = size * th.randn_like(before), fisher_vector_product(policy, states, policy.parameters)
-    natural_step(policy.parameters, direction, product, divergence, target_kl)
-    assert cosine(flatten(policy.parameters).detach().numpy() - before.numpy(), -direction.numpy()) > 0.99999
+    direction, product = size * th.randn_like(before), fisher_vector_product(policy, states, policy.trained)
+    natural_step(policy.trained, direction, product, divergence, target_kl)
+    assert cosine(flatten(policy.trained).detach().numpy() - before.numpy(), -direction.numpy()) > 0.99999
     assert divergence() == pytest.approx(target_kl, rel=1e-3)
 
 
@@ -294,16 +294,16 @@ def test_natural_step_is_against_the_direction_and_has_the_divergence_asked_for(
 def test_a_step_that_leaves_the_policy_undefined_is_not_taken(is_finite_at_start: bool):
     """A ValueError of the divergence: after any step, or even at the old policy."""
     policy: Any = Policy("Gaussian", 2, seed=0)
-    states, before = th.randn(3, 2, dtype=th.float64), flatten(policy.parameters).detach()
+    states, before = th.randn(3, 2, dtype=th.float64), flatten(policy.trained).detach()
 
     def divergence() -> float:
-        if is_finite_at_start and th.equal(flatten(policy.parameters), before):
+        if is_finite_at_start and th.equal(flatten(policy.trained), before):
             return 0.0
         raise ValueError("not finite")
 
-    product = fisher_vector_product(policy, states, policy.parameters)
-    natural_step(policy.parameters, th.ones_like(before), product, divergence, 0.01)
-    assert th.equal(flatten(policy.parameters), before)
+    product = fisher_vector_product(policy, states, policy.trained)
+    natural_step(policy.trained, th.ones_like(before), product, divergence, 0.01)
+    assert th.equal(flatten(policy.trained), before)
 
 
 # The length ------------------------------------------------------------------------------------------------------------------

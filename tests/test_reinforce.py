@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
@@ -543,7 +544,7 @@ class StudentT(MlpPolicy):
 def test_a_distribution_without_a_divergence_needs_target_kl_none():
     model = REINFORCE(StudentT, pendulum(), n_steps=50)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="A DiagGaussianDistribution has no closed-form divergence: set target_kl=None"):
+    with pytest.raises(ValueError, match=r"The policy has no natural gradient .*: set target_kl=None"):
         model.learn(1)
     assert_same(snapshot(model), before)
     model = REINFORCE(StudentT, pendulum(), n_steps=50, target_kl=None).learn(1)
@@ -751,7 +752,64 @@ simple_spaces = st.one_of(
 )
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_advantages_that_are_rounding_teach_nothing(scale: float, normalize_advantage: bool):
+    """All actions are equally good, and the baseline knows the returns, but for rounding."""
+
+    class Indifferent(ScriptedEnv):
+        def step(self, action: Any) -> Any:
+            observation, _, *rest = super().step(action)
+            return observation, scale * self.steps, *rest
+
+    kwargs: dict[str, Any] = dict(n_steps=30, seed=0, baseline="linear", normalize_observations=False)
+    model = REINFORCE("MlpPolicy", Indifferent([1]), normalize_advantage=normalize_advantage, **kwargs).learn(1)
+    before = model.policy.parameters_to_vector()
+    with pytest.warns(UserWarning, match="A batch taught nothing: its advantages are equal"):
+        model.learn(1, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model.policy.parameters_to_vector(), before)
+    assert model._n_updates == 2
+
+
+def test_a_standard_deviation_stays_above_the_rounding_of_float32():
+    env = RandomEnv(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)), 5)
+    model = REINFORCE("MlpPolicy", env, n_steps=20, seed=0, policy_kwargs=dict(log_std_init=-16.5)).learn(50)
+    assert np.exp(model.policy.log_std.detach().numpy()) == pytest.approx(np.finfo(np.float32).eps, rel=0.5)
+
+
+def test_hooks_see_the_gradient_of_the_loss_and_each_step():
+    """As experiment trackers do, and without an effect on the training."""
+    models = [REINFORCE("MlpPolicy", "CartPole-v1", seed=0) for _ in range(2)]
+    norms: list[float] = []
+    calls: list[Any] = []
+    models[0].policy.action_net.weight.register_hook(lambda gradient: norms.append(gradient.norm().item()))
+    models[0].policy.register_forward_hook(lambda *arguments: calls.append(arguments))
+    for model in models:
+        model.learn(1)
+    # One gradient from each half of the batch
+    assert len(norms) == 2 and len(calls) == models[0].num_timesteps
+    np.testing.assert_allclose(*(model.policy.parameters_to_vector() for model in models), atol=1e-5)
+
+
+class Bag(BaseFeaturesExtractor):
+    """Has no second derivative."""
+
+    def __init__(self, observation_space: spaces.Space):
+        super().__init__(observation_space, 8)
+        self.bag = th.nn.EmbeddingBag(4, 8)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.bag((observations > 0).long())
+
+
+def test_a_policy_without_second_derivatives_needs_target_kl_none():
+    kwargs: dict[str, Any] = dict(policy_kwargs=dict(features_extractor_class=Bag), seed=0)
+    with pytest.raises(ValueError, match=r"no natural gradient \(.*_embedding_bag_backward.*\): set target_kl=None"):
+        REINFORCE("MlpPolicy", "CartPole-v1", **kwargs).learn(1)
+    assert REINFORCE("MlpPolicy", "CartPole-v1", target_kl=None, **kwargs).learn(1)._n_updates == 1
+
+
+@pytest.mark.filterwarnings("error", "ignore:A batch taught nothing")
 @settings(max_examples=20)
 @given(
     st.one_of(simple_spaces, st.builds(spaces.Dict, st.dictionaries(st.sampled_from("abc"), simple_spaces, min_size=1))),
