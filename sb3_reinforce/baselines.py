@@ -37,13 +37,8 @@ class BaselineFeatures(nn.Module):
 
     From the time, the baseline knows how much of an episode is left (Duan et al., 2016; Pardo et al., 2018). Random units make
     a linear fit a nonlinear function (Rahimi & Recht, 2007, "Random features for large-scale kernel machines"). Their weights
-    are standard normal and their biases uniform in [-pi, pi]: inputs of unit scale reach both parts of the units, the linear
-    and the saturated one. More units explain more of the returns.
-
-    :param in_features: number of features of the state
-    :param n_units: number of random units
-    :param time: whether the time is a feature
-    :param gamma: discount factor: the unit of time is ``1 / (1 - gamma)`` steps, at most 1000, the horizon of the returns
+    are standard normal and their biases uniform in [-pi, pi], so that inputs of unit scale reach the linear and the saturated
+    part. The unit of time is ``1 / (1 - gamma)`` steps, at most 1000, the horizon of the returns.
     """
 
     weight: th.Tensor
@@ -58,11 +53,7 @@ class BaselineFeatures(nn.Module):
         self.register_buffer("bias", np.pi * (2 * th.rand(n_units) - 1))
 
     def forward(self, features: th.Tensor, n_steps: th.Tensor | None = None) -> th.Tensor:
-        """
-        Compute the features of (batch, in_features) states.
-
-        :param n_steps: (batch,) steps since the start of the episode, None at its start
-        """
+        """Compute the features of (batch, in_features) states, (batch,) ``n_steps`` after the start of the episode."""
         if math.isfinite(self.time_unit):
             time = features.new_zeros(len(features)) if n_steps is None else n_steps.to(features) / self.time_unit
             features = th.cat([features, time.clamp(max=10.0)[:, None]], dim=-1)
@@ -80,9 +71,8 @@ class LinearBaseline(nn.Module):
     Least-squares regression of returns on features, ``v(s) = w . features(s) + b``, which is 0 until the first fit.
 
     The fit minimizes the mean squared error plus ``ridge`` times the squared norm of the weights, in units of each feature's
-    standard deviation, with a free intercept. Of several solutions (constant or collinear features, or more features than
-    samples), the one of minimum norm is taken. It equals scikit-learn's ``LinearRegression``, or ``Ridge(alpha=ridge *
-    n_samples)`` behind a ``StandardScaler``.
+    standard deviation, with a free intercept. Of several solutions, the one of minimum norm is taken. It equals scikit-learn's
+    ``LinearRegression``, or ``Ridge(alpha=ridge * n_samples)`` behind a ``StandardScaler``.
 
     :param features: number of features, or the :class:`BaselineFeatures` of a state. More than ``MAX_FEATURES`` are projected
         at random
@@ -133,18 +123,14 @@ class LinearBaseline(nn.Module):
 
     def fit(self, features: np.ndarray, returns: np.ndarray) -> None:
         """
-        Fit the weights to a batch and the remembered ones.
+        Fit the weights to (n_samples, n_features) output of :meth:`project` and (n_samples,) returns, and to earlier batches.
 
-        :param features: (n_samples, n_features) output of :attr:`project`
-        :param returns: (n_samples,) discounted returns
         :raises ValueError: if there is no sample, or a value is not finite
         """
         features, returns = np.asarray(features), np.asarray(returns, dtype=np.float64)
         if features.shape != (len(returns), self.n_features) or len(returns) == 0:
-            raise ValueError(
-                f"The baseline needs samples of {self.n_features} features and a return each, got features of shape "
-                f"{features.shape} and returns of shape {returns.shape}"
-            )
+            shapes = f"features of shape {features.shape} and returns of shape {returns.shape}"
+            raise ValueError(f"The baseline needs samples of {self.n_features} features and a return each, got {shapes}")
         with np.errstate(over="ignore", invalid="ignore"):
             moments = _moments(features, returns)
         # One sample that is not finite makes the moments not finite
@@ -172,8 +158,7 @@ class ActionValues(nn.Module):
     Least-squares regression of returns on features of states and actions, ``q(s, a)``, which is 0 until the first fit.
 
     Its features are those of the state and of the action, and all their products. Discrete actions are one-hot vectors.
-    Continuous actions are clipped to the bounds of the action space ([-1, 1] if the policy squashes them), and their squares
-    are appended. ``kwargs`` go to :class:`LinearBaseline`.
+    Continuous ones are clipped to their bounds, and their squares are appended. ``kwargs`` go to :class:`LinearBaseline`.
     """
 
     low: th.Tensor
@@ -209,6 +194,7 @@ class ActionValues(nn.Module):
         return th.cat(projected)
 
     def predict(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """Predict (batch, 1) returns."""
         return self.linear.predict(self.project(features, actions))
 
     def fit(self, features: th.Tensor, actions: th.Tensor, returns: np.ndarray) -> None:

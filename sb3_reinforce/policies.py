@@ -1,9 +1,4 @@
-"""
-Policies of REINFORCE: SB3's actor-critic policies with a closed-form baseline for a critic.
-
-SB3's critic is a linear layer (``value_net``) on the critic branch of ``mlp_extractor``. Here, that branch is a fixed feature
-map and the layer a :class:`~sb3_reinforce.baselines.LinearBaseline`.
-"""
+"""Policies of REINFORCE: SB3's actor-critic policies with a closed-form baseline for a critic."""
 
 import functools
 import sys
@@ -32,8 +27,8 @@ def flatten(tensors: Iterable[th.Tensor]) -> th.Tensor:
 
 class BaselinePolicy(ActorCriticPolicy):
     """
-    Mixin that gives any ``ActorCriticPolicy`` a closed-form baseline, see :func:`with_baseline`. The critic branch of
-    ``mlp_extractor`` makes the baseline's features; that of SB3's ``MlpExtractor`` is removed. See ``REINFORCE`` for the
+    Mixin that makes ``value_net`` of any ``ActorCriticPolicy`` a closed-form baseline, see :func:`with_baseline`. The critic
+    branch of ``mlp_extractor`` makes its features; that of SB3's ``MlpExtractor`` is removed. See ``REINFORCE`` for the
     parameters; ``action_values`` asks for a critic of action values, too.
     """
 
@@ -82,10 +77,7 @@ class BaselinePolicy(ActorCriticPolicy):
         return [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
 
     def update_statistics(self, observations: Any) -> None:
-        """
-        Update the statistics of observations, if they are normalized. An actor that was trained before, for example on
-        demonstrations, keeps a mean of 0 and a variance of 1.
-        """
+        """Update the statistics of observations, unless the actor was trained before without, e.g. on demonstrations."""
         if (normalizer := self.observation_normalizer) is not None:
             is_initial = th.isclose(flatten(self.action_net.parameters()).norm(), self.initial_norm)
             if normalizer.count_0 > 0 or is_initial:
@@ -105,10 +97,10 @@ class BaselinePolicy(ActorCriticPolicy):
         if self.action_values:
             self.action_value_net = ActionValues(self.value_net.n_features, self.action_space, self.squash_output, **kwargs)  # type: ignore[arg-type]
 
+    # SB3's get_distribution() and predict_values() do not call extract_features()
     def _normalize(self, obs: PyTorchObs) -> PyTorchObs:
         return obs if self.observation_normalizer is None else self.observation_normalizer(obs)
 
-    # SB3's get_distribution() and predict_values() do not call extract_features()
     def extract_features(self, obs: PyTorchObs, features_extractor: Any = None) -> Any:
         return super().extract_features(self._normalize(obs), features_extractor)
 
@@ -121,11 +113,7 @@ class BaselinePolicy(ActorCriticPolicy):
         return self.value_net(self.mlp_extractor.forward_critic(features), n_steps)
 
     def evaluate_observations(self, obs: PyTorchObs) -> tuple[Distribution, th.Tensor]:
-        """
-        Evaluate observations like SB3's ``evaluate_actions``, without the actions.
-
-        :return: the distribution of the actions (an object that the next call changes), and the critic's extracted features
-        """
+        """Compute the distribution of actions (an object that the next call changes), and the critic's extracted features."""
         features = self.extract_features(obs)
         pi_features, vf_features = (features, features) if self.share_features_extractor else features
         if overrides(self, "get_distribution"):
@@ -146,17 +134,15 @@ class BaselinePolicy(ActorCriticPolicy):
         return max(1, CHUNK // max(n_copies * spaces.flatdim(self.observation_space), *widths))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        names = ["baseline", "baseline_memory", "baseline_kwargs", "gamma", "normalize_observations", "action_values"]
-        names.append("share_features_extractor")
+        own = ("baseline", "baseline_memory", "baseline_kwargs", "gamma", "normalize_observations", "action_values")
+        names = (*own, "share_features_extractor")
         return super()._get_constructor_parameters() | {name: getattr(self, name) for name in names}
 
 
 class MlpPolicy(BaselinePolicy):
     """
-    Policy for vector observations. Continuous actions have a Gaussian with a state-independent standard deviation.
-
-    Parameters that are not listed are those of SB3's ``ActorCriticPolicy``. A ``vf`` entry of ``net_arch`` is ignored: the
-    baseline has no hidden layers.
+    Policy for vector observations. Parameters that are not listed are those of SB3's ``ActorCriticPolicy``. A ``vf`` entry of
+    ``net_arch`` is ignored: the baseline has no hidden layers.
 
     :param ortho_init: Whether to use orthogonal initialization. False for Glorot-uniform weights and zero biases in the actor
     :param log_std_init: Initial value for the log standard deviation

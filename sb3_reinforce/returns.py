@@ -1,10 +1,10 @@
 """
 Formulas of REINFORCE as pure functions: returns and advantages (NumPy), loss and divergence (PyTorch).
 
-A batch consists of whole episodes, one after the other. Arrays are (n_transitions,), ``episode_starts`` is True at the first
-transition of each episode, and sums are computed in float64. The four advantage functions differ in how they estimate the
-value of an action. Only ``monte_carlo`` is REINFORCE; the others are actor-critics, which reduce variance at the cost of the
-critic's bias (Sutton & Barto, 2018, chapter 13; Silver, 2015, lecture 7). Values are fitted to earlier batches.
+A batch consists of whole episodes, one after the other. Arrays are (n_transitions,), and ``episode_starts`` is True at the
+first transition of each episode. Of the four advantage functions, only ``monte_carlo`` is REINFORCE; the others are
+actor-critics, which reduce variance at the cost of the critic's bias (Sutton & Barto, 2018, chapter 13; Silver, 2015, lecture
+7). Values are fitted to earlier batches.
 """
 
 from typing import Any, Literal
@@ -43,9 +43,8 @@ def discounted_returns(rewards: np.ndarray, episode_starts: np.ndarray, gamma: f
 
 def monte_carlo_advantages(returns: np.ndarray, values: np.ndarray) -> np.ndarray:
     """
-    ``G_t - v(s_t)``: REINFORCE with a baseline (Williams, 1992; Sutton & Barto, 2018, section 13.4).
-
-    The policy gradient is unbiased if the values do not depend on the actions of the batch.
+    ``G_t - v(s_t)``: REINFORCE with a baseline (Williams, 1992; Sutton & Barto, 2018, section 13.4), which is unbiased if the
+    values do not depend on the actions of the batch.
     """
     return returns - values
 
@@ -53,9 +52,7 @@ def monte_carlo_advantages(returns: np.ndarray, values: np.ndarray) -> np.ndarra
 def q_advantages(action_values: np.ndarray) -> np.ndarray:
     """
     ``q(s_t, a_t)``: Q actor-critic (Sutton et al., 2000, "Policy gradient methods for reinforcement learning with function
-    approximation").
-
-    The critic's error ``q(s, a) - q(s, a, w)``, which is printed at times, has a mean of 0: nothing would be learned.
+    approximation"). The critic's error, which is printed at times, has a mean of 0: nothing would be learned.
     """
     return action_values
 
@@ -77,9 +74,7 @@ def td_advantages(rewards: np.ndarray, episode_starts: np.ndarray, values: np.nd
 
 def batch_normalize(advantages: np.ndarray, eps: float = 1e-8) -> np.ndarray:
     """
-    Shift and scale advantages to mean 0 and standard deviation 1 over the batch.
-
-    The size of an update then does not depend on the unit of the rewards (Mnih & Gregor, 2014, section 2.3).
+    Shift and scale advantages to mean 0 and standard deviation 1 over the batch (Mnih & Gregor, 2014, section 2.3).
 
     :param advantages: advantages, in the unit of the rewards
     :param eps: added to the population standard deviation, in the same unit
@@ -118,11 +113,7 @@ def policy_gradient_loss(log_prob: th.Tensor, advantages: th.Tensor) -> th.Tenso
 
 
 def entropy_loss(log_prob: th.Tensor, entropy: th.Tensor | None) -> th.Tensor:
-    """
-    Negative mean entropy of the policy in nats (Williams & Peng, 1991), as in SB3's A2C.
-
-    The log-probabilities of the actions estimate an entropy without closed form (None).
-    """
+    """Negative mean entropy in nats (Williams & Peng, 1991), as in A2C; None for one estimated by log-probabilities."""
     return log_prob.mean() if entropy is None else -entropy.mean()
 
 

@@ -1,16 +1,18 @@
 """The base class of algorithms of whole episodes: learn, undo, save, load, environments and messages."""
 
 import inspect
-import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import NormalizeReward
 from stable_baselines3 import A2C
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -18,9 +20,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_reinforce import REINFORCE
 from sb3_reinforce.episodes.algorithm import EpisodicAlgorithm
+from sb3_reinforce.episodes.schedule import TORCH_LOCK
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from tests.envs import RandomLengthEnv, ScriptedEnv, Simulators
-from tests.executors import FakeExecutor
 from tests.runs.common import assert_same, scalars, state
 
 #: A model that learns from at least 20 steps in little time
@@ -70,7 +72,7 @@ def test_arguments_of_load_are_checked_however_they_are_given(path: Path, how: s
 
     fixed = dict(advantage="q", baseline="linear", baseline_memory=0.0, baseline_kwargs=dict(ridge=0.5))
     for name, value in (fixed | dict(normalize_observations=False)).items():
-        with pytest.raises(ValueError, match=f"{name}=.* cannot be given to a model that was saved with {name}="):
+        with pytest.raises(ValueError, match=f"{name}=.* cannot be given to a model whose policy was fitted with {name}="):
             load(**{name: value})
     for name, value in dict(n_steps=0, gamma=1.5, target_kl=0, learning_rate=-1.0, max_episode_steps=0).items():
         with pytest.raises(ValueError, match=name):
@@ -175,6 +177,7 @@ MESSAGES: dict[str, tuple[Callable[[], Any], int | None, str]] = {
     "other VecEnv": (lambda: Simulators([[3], [4]]), 0, "a Simulators does not seed each episode"),
     "both": (lambda: Simulators([[3], [4]]), None, "a Simulators does not seed each episode, and there is no seed"),
     "one wrapped": (lambda: VecNormalize(EpisodeVecEnv([lambda: RandomLengthEnv(9)])), 0, ""),
+    "statistics": (lambda: NormalizeReward(RandomLengthEnv(9)), 0, "each NormalizeReward, also those of workers, begins with"),
     "several wrapped": (lambda: VecNormalize(EpisodeVecEnv([lambda: RandomLengthEnv(9)] * 2)), 0, "a VecNormalize steps idle"),
 }
 
@@ -198,33 +201,27 @@ def test_a_run_that_is_not_reproducible_says_so_once(name: str, capsys: pytest.C
     assert n_messages(make_model(make_env(), seed=seed)) == 0
 
 
+@pytest.mark.parametrize("kwargs", [dict(learning_rate=0.0), dict(policy_kwargs=dict(optimizer_class=th.optim.SGD))])
+def test_arguments_of_the_optimizer_are_of_no_effect_with_a_target_kl(kwargs: dict[str, Any], recwarn: Any):
+    make_model(target_kl=None, **kwargs)
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"learning_rate|optimizer_class of no effect: target_kl sets the length"):
+        make_model(**kwargs)
+
+
+def test_a_model_is_made_with_the_weights_of_its_seed_while_another_thread_learns():
+    """PyTorch's generators are shared by all threads."""
+    with TORCH_LOCK, ThreadPoolExecutor(1) as executor:
+        model = executor.submit(make_model)
+        time.sleep(0.1)
+        th.manual_seed(1)
+        assert not model.done()
+        TORCH_LOCK.release()
+        np.testing.assert_array_equal(vector(model.result()), vector(make_model()))
+        TORCH_LOCK.acquire()
+
+
 # Errors
-
-
-@pytest.mark.parametrize("ends", ["complete", "stopped", "error"])
-def test_processes_of_workers_end_with_learn(ends: str, monkeypatch: pytest.MonkeyPatch):
-    started: list[FakeExecutor] = []
-    closed: list[bool] = []
-
-    def start(n_workers: int, **kwargs: Any) -> FakeExecutor:
-        started.append(FakeExecutor(n_workers))
-        return started[-1]
-
-    monkeypatch.setitem(sys.modules, "loky", SimpleNamespace(ProcessPoolExecutor=start))
-    monkeypatch.setattr(FakeExecutor, "shutdown", lambda self, wait, kill_workers: closed.append(kill_workers), raising=False)
-    model = make_model(lambda: RandomLengthEnv(9), workers=np.int64(2))
-
-    def callback(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
-        if ends == "error" and model.num_timesteps == 30:
-            raise OSError
-        return ends != "stopped" or model.num_timesteps < 30
-
-    try:
-        model.learn(100, callback=callback)
-    except OSError:
-        assert ends == "error"
-    # One executor runs all rollouts
-    assert len(started) == 1 and closed == [True] and model._running_workers is None
 
 
 def test_an_update_is_counted_with_the_episodes_of_its_batch():

@@ -80,22 +80,6 @@ def test_algorithms_take_turns_and_runs_can_be_divided(results: Path, monkeypatc
     assert pieces["final_returns"] == whole["final_returns"] and short["final_returns"] == []
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not common.PEERS.exists(), reason="needs make peers")
-def test_tianshou(results: Path, monkeypatch: pytest.MonkeyPatch):
-    small = ["--env", figures.LANDER, "--timesteps", "5000", "--every", "2000", "--episodes", "2", "--seeds", "0"]
-    learn(monkeypatch, *small, "--algo", "tianshou", "--name", "whole")
-    learn(monkeypatch, *small, "--algo", "tianshou", "--name", "stopped", "--until", "-1000")
-    whole, stopped = (
-        json.loads((results / f"learning/{figures.LANDER}/{name}/seed_0.json").read_text()) for name in ("whole", "stopped")
-    )
-    # Ten environments: 2048 steps become 2050
-    assert [point["steps"] for point in whole["evaluations"]] == [2050, 4100, 6150]
-    assert whole["timesteps"] == 6150 and len(whole["final_returns"]) == 100
-    assert (stopped["timesteps"], stopped["final_returns"]) == (2050, [])
-    assert stopped["evaluations"][0]["mean_return"] == whole["evaluations"][0]["mean_return"]
-
-
 def fake_run(name: str, seed: int, mean: float, first: int, below: int | None = None) -> None:
     """Write a run whose evaluations are 200 from some step on, except for an optional one."""
     evaluations = [
@@ -383,32 +367,3 @@ def test_gradients_per_episode(env_id: str):
     # The policy is not trained, and continues with other episodes
     assert all(th.equal(one, other) for one, other in zip(before, model.policy.parameters(), strict=True))
     assert len(seen[0]) != len(seen[1]) or not np.array_equal(*seen)
-
-
-def test_variance_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(variance, "TARGETS", {"CartPole-v1": 10.0})
-    for name, path in (("RESULT", "variance.json"), ("ADVANTAGES", "page.md"), ("IMAGES", "")):
-        monkeypatch.setattr(variance, name, tmp_path / path)
-    (tmp_path / "page.md").write_text("<!-- variance --><!-- /variance -->")
-    monkeypatch.setattr(sys, "argv", ["variance", "--batches", "6"])
-    variance.main()
-    result = json.loads((tmp_path / "variance.json").read_text())["CartPole-v1"]
-    assert (result["batches"], result["episodes"], result["seed"]) == (6, 30, 0)
-    # The reward is 1 per step
-    assert result["mean_return"] == pytest.approx(result["transitions"] / 30, abs=0.01)
-    assert result["training_steps"] > 0 and "command" in result and "torch" in result["versions"]
-    assert len(result["variants"]) == 1 + 3 * 2 + 3 * 2 * 2 + 4
-    assert result["explained_variance"]["monte_carlo mean fresh"] == pytest.approx(0, abs=1e-6)
-    page = (tmp_path / "page.md").read_text()
-    assert page.count("\n| monte_carlo |") == 8 and page.count("\n| td |") == 5
-    assert "| monte_carlo | none |  | 1 |" in page
-    assert (tmp_path / "variance.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "variance.png").unlink()
-    # Results of a feature map that has been removed are ignored
-    result["variants"].append(result["variants"][-1] | dict(critic="removed"))
-    common.write_json(tmp_path / "variance.json", {"CartPole-v1": result})
-    monkeypatch.setattr(variance, "measure", None)
-    for arguments in ([], ["--figures"]):
-        monkeypatch.setattr(sys, "argv", ["variance", *arguments])
-        variance.main()
-    assert (tmp_path / "page.md").read_text() == page and (tmp_path / "variance.png").exists()

@@ -115,17 +115,22 @@ def test_policies_must_be_classes_of_actor_critics_without_recurrent_states(poli
 NAN_BOUNDS = spaces.Box(-1, 1, (2,))
 NAN_BOUNDS.low[0] = np.nan
 MATRIX = spaces.MultiDiscrete([[2], [3]])
+OTHERS = [spaces.Tuple([VECTOR]), spaces.Text(3), spaces.Sequence(VECTOR), spaces.Graph(VECTOR, None), spaces.Dict()]
+EMPTY = [spaces.Box(-1, 1, ()), spaces.Box(-1, 1, (0,)), spaces.Box(-1, 1, (2, 0))]
 
 
 @pytest.mark.filterwarnings("ignore:.*Getting the length of a multi-dimensional")
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(action=spaces.Tuple([CHOICE, CHOICE])), "supports the action spaces Box, Discrete, MultiDiscrete, MultiBinary"),
-        (dict(action=spaces.Text(3)), "supports the action spaces"),
-        (dict(action=spaces.MultiBinary((2, 3))), r"action space MultiBinary\(\(2, 3\)\) is not one-dimensional: wrap"),
-        (dict(action=MATRIX), r"(?s)action space MultiDiscrete.* is not one-dimensional: wrap"),
-        (dict(action=spaces.Discrete(3, start=1)), "action space .* does not start at 0: wrap"),
+        (
+            dict(action=spaces.Tuple([CHOICE, CHOICE])),
+            "is none of Box, Discrete, MultiDiscrete, MultiBinary: use TransformAction",
+        ),
+        (dict(action=spaces.Dict(a=CHOICE)), r"action space Dict.* is none of"),
+        (dict(action=spaces.MultiBinary((2, 3))), r"action space MultiBinary\(\(2, 3\)\) is not one-dimensional: use"),
+        (dict(action=MATRIX), r"(?s)action space MultiDiscrete.* is not one-dimensional: use"),
+        (dict(action=spaces.Discrete(3, start=1)), "action space .* does not start at 0: use TransformAction"),
         (dict(action=spaces.MultiDiscrete([2, 3], start=[0, 1])), "action space .* does not start at 0"),
         (dict(action=NAN_BOUNDS), r"NaN bounds: low=\[nan"),
         (
@@ -138,10 +143,22 @@ MATRIX = spaces.MultiDiscrete([[2], [3]])
         ),
         (dict(observation=MATRIX), r"(?s)observation space MultiDiscrete.* is not one-dimensional"),
         (dict(observation=spaces.Discrete(3, start=1)), "observation space .* does not start at 0"),
-        (dict(observation=spaces.Box(-1, 1, ())), r"observation space .* has no dimension: make it Box\(low, high, \(1,\)\)"),
+        *(
+            (dict(observation=space), r"observation space .* is none of .*, or a Dict of these: use Flatten")
+            for space in OTHERS
+        ),
+        *((dict(observation=spaces.Dict(a=VECTOR, b=space)), "The entry 'b' of the .* leave it out") for space in OTHERS),
+        *((dict(observation=space), "has no number or no dimension: use") for space in EMPTY),
+        *(
+            (dict(observation=spaces.Dict(a=space), policy="MultiInputPolicy"), "entry 'a' of .* has no number")
+            for space in EMPTY
+        ),
         (dict(observation=spaces.Dict(a=VECTOR)), "You must use `MultiInputPolicy`"),
         (dict(observation=spaces.Dict(a=VECTOR), policy="CnnPolicy"), "You must use `MultiInputPolicy`"),
-        (dict(observation=spaces.Dict(a=MATRIX), policy="MultiInputPolicy"), "observation space MultiDiscrete"),
+        (
+            dict(observation=spaces.Dict(a=MATRIX), policy="MultiInputPolicy"),
+            r"entry 'a' of the observation space MultiDiscrete",
+        ),
         (dict(policy="MultiInputPolicy"), "MultiInputPolicy needs a dictionary observation space, got Box"),
     ],
     ids=lambda value: ", ".join(map(str, value.values())) if isinstance(value, dict) else "",
@@ -191,7 +208,7 @@ def test_fixed_arguments_must_equal_the_saved_ones(path: Path):
     fixed = ("n_steps", "gamma")
     for changes in (None, {}, dict(n_steps=16), dict(seed=1)):
         read_model_file(path, changes, fixed)
-    expected = "gamma=0.5 cannot be given to a model that was saved with gamma=0.99, because its policy was fitted with that"
+    expected = "gamma=0.5 cannot be given to a model whose policy was fitted with gamma=0.99: make a new model"
     with pytest.raises(ValueError, match=expected):
         read_model_file(path, dict(n_steps=16, gamma=0.5), fixed)
 
@@ -247,7 +264,9 @@ def test_files_of_other_kinds_are_refused(path: Path):
         read_model_file(path)
     stream = io.BytesIO()
     A2C("MlpPolicy", ScriptedEnv([4])).save(stream)
-    expected = r"a model of another algorithm, .*: its format is None instead of '.* 4', its policy from stable_baselines3"
+    expected = (
+        r"a model of another algorithm or version: its format is None instead of '.* 4', its policy from stable_baselines3"
+    )
     with pytest.raises(ValueError, match=expected):
         read_model_file(stream)
     assert not stream.closed
@@ -256,7 +275,7 @@ def test_files_of_other_kinds_are_refused(path: Path):
 def test_files_of_earlier_formats_are_refused(path: Path):
     rewrite(path, {}, file_format="sb3_reinforce.REINFORCE 3", policy_class=None)
     expected = (
-        r"another version of REINFORCE: its format is 'sb3_reinforce.REINFORCE 3' instead of .*, its policy from unknown"
+        r"another algorithm or version: its format is 'sb3_reinforce.REINFORCE 3' instead of .*, its policy from unknown"
     )
     with pytest.raises(ValueError, match=expected):
         read_model_file(path)

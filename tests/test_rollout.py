@@ -20,6 +20,7 @@ from sb3_reinforce.episodes.acting import MlpActor
 from sb3_reinforce.episodes.schedule import episode_rng, episode_seed
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv
 from tests.envs import OwnVecEnv, RandomLengthEnv, ScriptedEnv, Simulators, scripted, subproc
+from tests.executors import FakeExecutor
 from tests.rollouts import (
     LONG,
     SMALL,
@@ -125,6 +126,24 @@ def test_gsde_matrices_change_every_sde_sample_freq_steps_of_an_episode(sde_samp
     changes = np.any(np.diff(actions, axis=1) != 0, axis=2)
     np.testing.assert_array_equal(changes, [[step in (4, 8)[:n_changes] for step in range(1, 10)]] * 3)
     assert len(np.unique(actions[:, 0], axis=0)) == 3
+
+
+MADE: list[ScriptedEnv] = []
+
+
+def make_listed() -> ScriptedEnv:
+    MADE.append(ScriptedEnv([2]))
+    return MADE[-1]
+
+
+@pytest.mark.parametrize("workers", [None, FakeExecutor(1)], ids=["here", "workers"])
+def test_seed_episodes_false_seeds_the_first_reset_alone(workers: Any):
+    """For environments that begin a list of tasks anew with each seed."""
+    kwargs: dict[str, Any] = dict(workers=workers, seed_episodes=False, seed=0, n_steps=4, n_episodes=None)
+    model = REINFORCE("MlpPolicy", make_listed, **kwargs)
+    model.learn(10).learn(10, reset_num_timesteps=False)
+    first, *others = MADE[-1].seeds
+    assert first is not None and len(others) > 3 and set(others) == {None}
 
 
 def test_stored_actions_are_not_clipped():

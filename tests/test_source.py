@@ -230,6 +230,25 @@ def test_an_observation_that_the_policy_refuses_is_named_at_once():
     assert envs[1].lengths_run == [4, 2]
 
 
+def test_a_long_array_is_named_by_its_first_bad_number():
+    values = np.zeros((84, 84, 4))
+    values[3, 2, 1] = np.inf
+    assert "the observation with inf at (3, 2, 1) at step 1: NaN" in str(
+        source.not_finite("He", "observation", values, "at step 1")
+    )
+
+
+def test_an_observation_of_another_shape_names_check_env():
+    model = REINFORCE(
+        "MlpPolicy",
+        ScriptedEnv([3], spoil=lambda what, episode, step, value: value if what == "reward" else np.resize(value, 3 + step)),
+        **SMALL,
+    )
+    with pytest.raises(ValueError, match="could not broadcast") as raised:
+        model.learn(1)
+    assert "check_env of gymnasium.utils.env_checker" in raised.value.__notes__[0]
+
+
 # Long episodes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +265,13 @@ def test_an_endless_episode_is_an_error(kind: str, monkeypatch: pytest.MonkeyPat
     )
     with pytest.raises(RuntimeError, match=message):
         model.learn(1, reset_num_timesteps=False)
+
+
+def test_a_warning_names_max_episode_steps_when_an_episode_takes_long(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(source, "_PATIENCE", -1)
+    with pytest.warns(UserWarning, match=r"not ended after -1 s: if it never ends, set max_episode_steps") as warned:
+        REINFORCE("MlpPolicy", ScriptedEnv([500]), n_steps=1, **SMALL).learn(1)
+    assert len(warned) == 1
 
 
 def test_max_episode_steps_may_exceed_the_limit(monkeypatch: pytest.MonkeyPatch):

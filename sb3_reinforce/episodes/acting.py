@@ -1,8 +1,4 @@
-"""
-Acting: observations in, sampled actions out, as NumPy arrays.
-
-All noise comes from one NumPy generator per episode: actions depend on weights, observations and the episode's number.
-"""
+"""Acting: observations in, sampled actions out, as NumPy arrays. All noise comes from one NumPy generator per episode."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
@@ -20,7 +16,7 @@ from torch import nn
 
 from sb3_reinforce.episodes.schedule import episode_rng, torch_seeded_from
 
-#: Noise of each distribution's samples. Subclasses may sample differently, so only exact types are looked up.
+#: Noise of each distribution's samples, by exact type: subclasses may sample differently
 _NOISE: dict[type[Distribution], Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
     distributions.DiagGaussianDistribution: lambda rng, shape: rng.standard_normal(shape, dtype=np.float32),
     distributions.CategoricalDistribution: lambda rng, shape: rng.gumbel(size=shape),
@@ -38,8 +34,7 @@ def sample_discrete(distribution: Distribution, logits: np.ndarray, noise: np.nd
         return (logits + noise > 0).astype(np.int8)
     if isinstance(distribution, distributions.CategoricalDistribution):
         return (logits + noise).argmax(axis=-1)
-    assert isinstance(distribution, distributions.MultiCategoricalDistribution)
-    parts = np.split(logits + noise, np.cumsum(distribution.action_dims)[:-1], axis=1)
+    parts = np.split(logits + noise, np.cumsum(distribution.action_dims)[:-1], axis=1)  # type: ignore[attr-defined]
     return np.stack([part.argmax(axis=-1) for part in parts], axis=1)
 
 
@@ -109,10 +104,7 @@ class Actor:
         self._bounds = (space.low[None], space.high[None]) if clips else None  # type: ignore[attr-defined]
 
     def __call__(self, observations: Any) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Sample (n_envs, *action shape) actions. Return them as sampled, and a copy for the environment, which may change it:
-        unscaled if the policy squashes them, else clipped to the bounds of the action space.
-        """
+        """Sample (n_envs, *action shape) actions. Return them, and a copy for the environment: clipped, or unscaled."""
         actions = self._sample(observations)
         if actions.ndim != len(self._actions_shape):
             actions = actions.reshape(self._actions_shape)
@@ -129,6 +121,9 @@ class Actor:
             if self._has_own_forward:
                 with torch_seeded_from(self.noise.rngs[0], policy.device):
                     return policy(obs_tensor)[0].cpu().numpy()
+            if policy._forward_hooks or policy._forward_pre_hooks:
+                with th.random.fork_rng():
+                    policy(obs_tensor)
             distribution, _ = policy.evaluate_observations(obs_tensor)
             if type(distribution) is distributions.StateDependentNoiseDistribution:
                 matrices = th.as_tensor(self._draw_matrices(distribution), device=policy.device)
@@ -154,10 +149,8 @@ class Actor:
 
 class MlpActor(Actor):
     """
-    Samples the same actions up to rounding, with NumPy, for multi-layer perceptrons on the CPU.
-
-    PyTorch's overhead per call exceeds the arithmetic of small networks. NumPy shares the memory of the weights, so in-place
-    changes act at once.
+    Samples the same actions up to rounding, with NumPy, for multi-layer perceptrons on the CPU, where PyTorch's overhead is
+    larger than the arithmetic. NumPy shares the memory of the weights, so in-place changes act at once.
     """
 
     _ZERO = np.zeros((), dtype=np.float32)
@@ -168,8 +161,7 @@ class MlpActor(Actor):
 
     def __init__(self, policy: ActorCriticPolicy, noise: EpisodeNoise):
         super().__init__(policy, noise)
-        normalizer: Any = policy.observation_normalizer
-        self._normalizer = normalizer
+        self._normalizer: Any = getattr(policy, "observation_normalizer", None)
         self._version = -1
         self._layers: list[tuple[Any, Any, Callable[..., Any] | None]] = [
             (module.weight.detach().numpy().T, module.bias.detach().numpy()[None], None)
@@ -180,7 +172,7 @@ class MlpActor(Actor):
         self._action_dist = policy.action_dist
         is_gaussian = isinstance(policy.action_dist, distributions.DiagGaussianDistribution)
         self._log_std = policy.log_std.detach().numpy()[None] if is_gaussian else None
-        self._statistics: Any = None if normalizer is None else normalizer.statistics()[:2]
+        self._statistics: Any = None if self._normalizer is None else self._normalizer.statistics()[:2]
 
     @classmethod
     def can_act_for(cls, policy: ActorCriticPolicy) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
@@ -21,8 +21,8 @@ from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
 from sb3_reinforce.episodes.checks import FILE_FORMAT, check_policy_class, check_scheduled, check_spaces, read_model_file
-from sb3_reinforce.episodes.rollout import StepsProgressBar, collect_episodes, end_callbacks
-from sb3_reinforce.episodes.schedule import EpisodeSchedule
+from sb3_reinforce.episodes.rollout import StepsProgressBar, all_callbacks, collect_episodes
+from sb3_reinforce.episodes.schedule import TORCH_LOCK, EpisodeSchedule
 from sb3_reinforce.episodes.source import add_environment_note, reasons_not_reproducible, seed_next_episodes
 from sb3_reinforce.episodes.vec_env import EnvSource, EpisodeRunner, wrap_env
 from sb3_reinforce.episodes.workers import Workers, check_workers, collect_from_workers
@@ -32,16 +32,13 @@ SelfEpisodicAlgorithm = TypeVar("SelfEpisodicAlgorithm", bound="EpisodicAlgorith
 
 class EpisodicAlgorithm(OnPolicyAlgorithm):
     """
-    Base class of algorithms that learn from batches of whole episodes. See ``REINFORCE`` for the parameters.
-
-    Episodes are numbered over the life of a model. With a seed, an episode depends on the weights, the seed and its number
-    alone. A subclass implements ``_make_policy``, ``_compute_advantages`` and ``train``.
+    Base class of algorithms that learn from batches of whole episodes, which are numbered over the life of a model. See
+    ``REINFORCE`` for the parameters. A subclass implements ``_make_policy``, ``_compute_advantages`` and ``train``.
     """
 
     rollout_buffer: EpisodeRolloutBuffer
-    #: Arguments that load() cannot replace, because the policy is fitted with them
+    #: Arguments that load() cannot replace, because the policy is fitted with them, and attributes that train() replaces
     _fixed_arguments: tuple[str, ...] = ()
-    #: Attributes that train() replaces
     _update_state: tuple[str, ...] = ()
 
     def __init__(
@@ -53,6 +50,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         n_episodes: int | None,
         max_episode_steps: int | None = None,
         bootstrap_timeouts: bool = True,
+        seed_episodes: bool = True,
         workers: int | Executor | None = None,
         **kwargs: Any,
     ):
@@ -60,9 +58,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         kwargs |= dict(learning_rate=learning_rate, n_steps=n_steps, _init_setup_model=False)
         super().__init__(policy, None, gae_lambda=1.0, vf_coef=0.0, max_grad_norm=math.inf, **kwargs)  # type: ignore[arg-type]
         check_policy_class(self.policy_class)
-        self.n_episodes = n_episodes
-        self.max_episode_steps = max_episode_steps
-        self.bootstrap_timeouts = bootstrap_timeouts
+        self.n_episodes, self.max_episode_steps = n_episodes, max_episode_steps
+        self.bootstrap_timeouts, self.seed_episodes = bootstrap_timeouts, seed_episodes
         self.workers = workers
         self.file_format = FILE_FORMAT
         #: Identity of the run: its checkpoints carry it, and a model that begins anew gets another one
@@ -103,7 +100,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         kwargs = dict(device=self.device, gamma=self.gamma, n_envs=self.n_envs, **self.rollout_buffer_kwargs)
         self.rollout_buffer = self.rollout_buffer_class(self.n_steps or 0, *spaces, **kwargs)  # type: ignore[assignment]
         # A drawn seed makes the same weights as a given one, and leaves PyTorch's generator alone
-        with th.random.fork_rng(devices=[], enabled=self.seed is None):
+        with TORCH_LOCK, th.random.fork_rng(devices=[], enabled=self.seed is None):
             th.default_generator.manual_seed(self.run_seed)
             self.policy = self._make_policy().to(self.device)
         self._maybe_recommend_cpu("MlpPolicy")
@@ -121,8 +118,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
             self.seed = self.run_seed = seed
 
     def _next_schedule(self, n_rollout_steps: int | None) -> EpisodeSchedule:
-        seed = self.seed if self.env is not None and getattr(self.env.unwrapped, "seeds_episodes", False) else None
-        minimums = (n_rollout_steps or 0) * self.n_envs, self.n_episodes or 0
+        is_seeded = self.seed_episodes and self.env is not None and getattr(self.env.unwrapped, "seeds_episodes", False)
+        seed, minimums = self.seed if is_seeded else None, ((n_rollout_steps or 0) * self.n_envs, self.n_episodes or 0)
         return EpisodeSchedule(self.n_envs, *minimums, self._next_episode, seed)
 
     def collect_rollouts(
@@ -132,10 +129,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         rollout_buffer: EpisodeRolloutBuffer,  # type: ignore[override]
         n_rollout_steps: int | None,
     ) -> bool:
-        """
-        Collect whole episodes using the current policy, and compute their returns and advantages, see SB3. With None for
-        ``n_rollout_steps``, only ``n_episodes`` is the minimum.
-        """
+        """Collect whole episodes using the current policy, and compute their returns and advantages, see SB3."""
         self._num_timesteps_before_rollout = self.num_timesteps
         self._rollout_start = dict(self._resume_point(), _last_obs=None)
         self.logger.record("rollout/seed", self.run_seed, exclude="tensorboard")
@@ -173,17 +167,15 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
             raise
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        # Use the progress at the start of the rollout: SB3 includes the current batch, so a schedule would never see 1.0
+        # At the start of the rollout: SB3 includes the current batch, so a schedule would never see 1.0
         super()._update_current_progress_remaining(self._num_timesteps_before_rollout, total_timesteps)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        callback = super()._init_callback(callback)
-        if not progress_bar:
-            return callback
-        bar = CallbackList([StepsProgressBar()])
-        bar.init_callback(self)
-        bar.callbacks.append(callback)
-        return bar
+        callback = super()._init_callback(callback, progress_bar)
+        for inner in all_callbacks(callback):
+            if type(inner) is ProgressBarCallback:
+                inner.__class__ = StepsProgressBar
+        return callback
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
@@ -210,6 +202,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         reasons = reasons_not_reproducible(self.env)
         if self.seed is None:
             reasons.append(f"there is no seed for environments (weights and actions use seed={self.run_seed})")
+        elif not self.seed_episodes:
+            reasons.append("seed_episodes=False seeds the first reset alone")
         if reasons and self.verbose >= 1 and not self._has_warned:
             print(f"This run is not exactly reproducible: {', and '.join(reasons)}")
         self._has_warned = True
@@ -251,7 +245,9 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
             self._rollout_end, self._logged = None, self._resume_point()["_logged"]
             workers, self._running_workers = self._running_workers, None
             try:
-                end_callbacks(callback)
+                # SB3 does not call on_training_end() after an exception
+                for inner in all_callbacks(callback):
+                    getattr(inner, "on_learn_end", lambda: None)()
             finally:
                 if workers is not None:
                     workers.close()
@@ -271,10 +267,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         return super()._excluded_save_params() + own
 
     def save(self, path: Any, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
-        """
-        Save all the attributes of the object and the model parameters in a zip-file, see SB3. An unfinished rollout is not
-        saved and its steps do not count: the loaded model collects the same episodes again.
-        """
+        """Save the model in a zip-file, see SB3, without an unfinished rollout: the loaded model collects it again."""
         # A copy, because another thread may be learning
         saved = copy(self)
         saved.__dict__.update(saved._rollout_start or saved._resume_point())
@@ -292,13 +285,10 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfEpisodicAlgorithm:
         """
-        Load the model from a zip-file, see SB3 for the parameters.
+        Load the model from a zip-file, see SB3. ``load(path, env).learn(rest, reset_num_timesteps=False)`` continues a seeded
+        run exactly, on the same machine, if ``reset(seed=...)`` of the environment leaves nothing of earlier episodes.
 
-        ``load(path, env).learn(rest, reset_num_timesteps=False)`` continues a seeded run exactly, on the same machine, with an
-        :class:`~sb3_reinforce.EpisodeVecEnv` and environments whose ``reset(seed=...)`` leaves nothing of earlier episodes.
-
-        :raises ValueError: if the file is damaged, holds a model of another algorithm, does not fit the environment, or
-            contains a baseline that is not the one asked for
+        :raises ValueError: if the file is damaged, or does not fit the algorithm, the environment or an argument
         """
         changes = {**(custom_objects or {}), **kwargs}
         content, saved = read_model_file(path, changes, cls._fixed_arguments)

@@ -14,14 +14,12 @@ from stable_baselines3.common.type_aliases import RolloutBufferSamples
 class EpisodeRolloutBuffer(RolloutBuffer):
     """
     Rollout buffer for whole episodes with vector, image or dictionary observations. Parameters are SB3's, but the buffer grows
-    as needed. :meth:`finish` makes each episode contiguous, ordered by sub-environment: ``observations`` (a dictionary of
-    arrays for ``Dict`` spaces), ``actions``, ``rewards``, ``episode_starts``, ``values``, ``returns`` and ``advantages`` (and
-    ``action_values``, if there is a critic of these) then have ``n_transitions`` rows. Values are 0 until they are computed.
+    as needed. :meth:`finish` makes each episode contiguous: ``observations`` (a dictionary of arrays for ``Dict`` spaces),
+    ``actions``, ``rewards``, ``episode_starts``, ``values``, ``returns`` and ``advantages`` then have ``n_transitions`` rows.
     """
 
     observations: np.ndarray | dict[str, np.ndarray]  # type: ignore[assignment]
     action_values: np.ndarray
-    #: What the policy that collected the batch says about it
     evaluations: Any = None
 
     def reset(self) -> None:
@@ -31,10 +29,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         self._steps: list[tuple[Any, ...]] = []
 
     def add(self, obs: Any, action: Any, reward: Any, episode_start: Any, active: Any) -> None:  # type: ignore[override]
-        """
-        Add one step of all sub-environments, or a whole episode of a single one, with arrays of (n_envs, ...): actions before
-        clipping, and False in ``active`` for idle sub-environments.
-        """
+        """Add one step of all sub-environments, or an episode of a single one: arrays of (n_envs, ...), unclipped actions."""
         # Copy to C order: rounding depends on the memory layout, which differs for transposed images
         obs = {key: entry.copy() for key, entry in obs.items()} if isinstance(obs, dict) else obs.copy()
         self._steps.append((obs, action, reward.astype(np.float64), episode_start, active))
@@ -42,8 +37,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
 
     def finish(self) -> tuple[str, Any, int, int, int] | None:
         """
-        Make the episodes of the rollout contiguous. If a value is NaN or infinite, return the first one: name, value,
-        sub-environment, position of the episode in the rollout, and number of steps of the episode before it.
+        Make the episodes contiguous. If a value is NaN or infinite, return the first one: name, value, sub-environment,
+        position of the episode in the rollout, and number of steps of the episode before it.
         """
         obs, *columns = zip(*self._steps, strict=True)
         space = self.observation_space
@@ -118,16 +113,16 @@ def find_not_finite(
     arrays: dict[str, np.ndarray], starts: np.ndarray, active: np.ndarray
 ) -> tuple[str, Any, int, int, int] | None:
     """Find the first value in (n_steps, n_envs, ...) arrays that is not finite, see :meth:`EpisodeRolloutBuffer.finish`."""
-    first: tuple[int, str] | None = None
+    bad: list[tuple[int, str]] = []
     for name, array in arrays.items():
         if not all_finite(array):
             is_bad = active & ~np.isfinite(array).reshape(*active.shape, -1).all(axis=2)
-            if is_bad.any() and (first is None or is_bad.argmax() < first[0]):
-                first = int(is_bad.argmax()), name
-    if first is None:
+            bad += [(int(position), name) for position in np.flatnonzero(is_bad)[:1]]
+    if not bad:
         return None
-    step, env_idx = divmod(first[0], active.shape[1])
+    first, name = min(bad, key=lambda found: found[0])
+    step, env_idx = divmod(first, active.shape[1])
     start = int(np.flatnonzero(starts[: step + 1, env_idx])[-1])
     # Episodes are numbered in the order in which they start
     position = int(np.count_nonzero(starts.ravel()[: start * active.shape[1] + env_idx]))
-    return first[1], arrays[first[1]][step, env_idx], env_idx, position, step - start
+    return name, arrays[name][step, env_idx], env_idx, position, step - start

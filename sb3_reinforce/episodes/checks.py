@@ -17,8 +17,7 @@ from stable_baselines3.common.save_util import open_path
 #: Stored in each model file as ``file_format``. The number increases when older files cannot be loaded.
 FILE_FORMAT = "sb3_reinforce.REINFORCE 4"
 
-_ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-_RESHAPE = "wrap the environment, e.g. with TransformObservation or TransformAction of gymnasium.wrappers"
+_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def is_integer(value: Any, minimum: int = 1, end: float = math.inf) -> bool:
@@ -31,11 +30,10 @@ def is_real(value: Any, minimum: float = -math.inf) -> bool:
     return isinstance(value, (int, float, np.number)) and math.isfinite(value) and bool(value >= minimum)
 
 
-def check_integer(name: str, value: Any, minimum: int = 1, end: float = math.inf) -> None:
-    """Raise a ValueError if a value is not an integer in [minimum, end)."""
-    if not is_integer(value, minimum, end):
-        expected = f"of at least {minimum}" if end == math.inf else f"in [{minimum}, {end})"
-        raise ValueError(f"{name} must be an integer {expected}, got {name}={value!r}")
+def shorten(value: Any) -> str:
+    """Text of a value for a message: that of large spaces and arrays fills pages."""
+    text = str(value)
+    return text if len(text) <= 250 else f"{text[:200]} ... {text[-40:]}"
 
 
 def check_count(name: str, value: Any) -> None:
@@ -58,48 +56,53 @@ def check_policy_class(policy_class: type[BasePolicy]) -> None:
         raise ValueError(f"policy must be a subclass of SB3's ActorCriticPolicy that is not recurrent, got {policy_class}")
 
 
+def check_space(kind: str, space: spaces.Space) -> None:
+    """Raise a ValueError that names the first entry of an observation or action space that is not supported, and a remedy."""
+    is_dict, is_observation = isinstance(space, spaces.Dict) and kind == "observation", kind == "observation"
+    entries: Any = space.spaces.items() if is_dict else [("", space)]  # type: ignore[attr-defined]
+    for key, entry in entries or [("", space)]:
+        shape: tuple[int, ...] = entry.shape or ()
+        if not isinstance(entry, _SPACES):
+            what = f"is none of {', '.join(cls.__name__ for cls in _SPACES)}" + ", or a Dict of these" * is_observation
+        elif np.any(getattr(entry, "start", 0) != 0):
+            what = "does not start at 0"
+        elif isinstance(entry, (spaces.MultiDiscrete, *[spaces.MultiBinary] * (not is_observation))) and len(shape) != 1:
+            what = "is not one-dimensional"
+        elif 0 in shape or (is_observation and isinstance(entry, spaces.Box) and shape == ()):
+            what = "has no number or no dimension"
+        else:
+            continue
+        remedy = ("FlattenObservation or " if is_observation else "") + f"Transform{kind.capitalize()}"
+        remedy = "leave it out with FilterObservation, or use TransformObservation" if key else f"use {remedy}"
+        name = f"entry {key!r} of the " if key else ""
+        raise ValueError(f"The {name}{kind} space {shorten(entry)} {what}: {remedy} of gymnasium.wrappers")
+
+
 def check_spaces(model: Any, policy: str | type[BasePolicy]) -> None:
     """Raise a ValueError that names the first space of a model that its policy does not support, and a remedy."""
-    space: Any = model.observation_space
-    action_space: Any = model.action_space
+    space, action_space = model.observation_space, model.action_space
     is_dict = isinstance(space, spaces.Dict)
-    if not isinstance(action_space, _ACTION_SPACES):
-        names = ", ".join(space.__name__ for space in _ACTION_SPACES)
-        raise ValueError(f"REINFORCE supports the action spaces {names}, but the environment has {action_space}")
     if policy in ("MlpPolicy", "CnnPolicy") and is_dict:
         raise ValueError(f"You must use `MultiInputPolicy` with a dictionary observation space, not {policy}")
     if policy == "MultiInputPolicy" and not is_dict:
-        raise ValueError(f"MultiInputPolicy needs a dictionary observation space, got {space}")
-    entries = [("observation", entry) for entry in (space.spaces.values() if is_dict else [space])]
-    for kind, entry in [*entries, ("action", action_space)]:
-        # SB3 supports Discrete spaces that start at 0, and one-dimensional MultiDiscrete spaces
-        if np.any(getattr(entry, "start", 0) != 0):
-            raise ValueError(f"The {kind} space {entry} does not start at 0: {_RESHAPE}")
-        is_flat = spaces.MultiDiscrete if kind == "observation" else (spaces.MultiDiscrete, spaces.MultiBinary)
-        if isinstance(entry, is_flat) and len(entry.shape) != 1:
-            raise ValueError(f"The {kind} space {entry} is not one-dimensional: {_RESHAPE}")
-        if kind == "observation" and isinstance(entry, spaces.Box) and entry.shape == ():
-            raise ValueError(f"The observation space {entry} has no dimension: make it Box(low, high, (1,))")
+        raise ValueError(f"MultiInputPolicy needs a dictionary observation space, got {shorten(space)}")
     if model.use_sde and not isinstance(action_space, spaces.Box):
-        raise ValueError(f"use_sde=True (gSDE) needs continuous actions, but the environment has {action_space}")
+        raise ValueError(f"use_sde=True (gSDE) needs continuous actions, but the environment has {shorten(action_space)}")
     low, high = getattr(action_space, "low", np.zeros(1)), getattr(action_space, "high", np.zeros(1))
     if np.isnan(low).any() or np.isnan(high).any():
-        raise ValueError(f"The action space has NaN bounds: low={low}, high={high}")
+        raise ValueError(f"The action space has NaN bounds: low={shorten(low)}, high={shorten(high)}")
     with np.errstate(over="ignore"):
         if model.policy_kwargs.get("squash_output") and not np.isfinite(high - low).all():
-            raise ValueError(f"squash_output=True needs finite action bounds, got low={low}, high={high}")
+            raise ValueError(f"squash_output=True needs finite action bounds, got low={shorten(low)}, high={shorten(high)}")
 
 
 def read_model_file(
     path: str | pathlib.Path | io.BufferedIOBase, changes: dict[str, Any] | None = None, fixed: tuple[str, ...] = ()
 ) -> tuple[io.BytesIO, dict[str, Any]]:
     """
-    Read a model file, as for SB3's ``load``.
+    Read a model file into memory, with the saved attributes that are not pickled.
 
-    :param changes: arguments that replace saved ones
-    :param fixed: names of arguments that cannot be replaced
-    :return: the file in memory, and the saved attributes that are not pickled
-    :raises ValueError: if the file is incomplete, holds a model of another algorithm, or a fixed argument differs
+    :raises ValueError: if the file is incomplete, holds another algorithm, or ``changes`` one of the ``fixed`` arguments
     """
     file = open_path(path, "r", suffix="zip")
     file.seek(0)
@@ -122,15 +125,12 @@ def read_model_file(
         policy_class = saved.get("policy_class")
         module = policy_class.get("__module__", "unknown") if isinstance(policy_class, dict) else "unknown"
         raise ValueError(
-            f"{path} holds a model of another algorithm, or of another version of REINFORCE: its format is "
-            f"{saved.get('file_format')!r} instead of {FILE_FORMAT!r}, its policy from {module}. Load it with the class that "
-            "saved it"
+            f"{path} holds a model of another algorithm or version: its format is {saved.get('file_format')!r} instead of "
+            f"{FILE_FORMAT!r}, its policy from {module}. Load it with the class that saved it"
         )
     for name in fixed:
         if changes and name in changes and changes[name] != saved.get(name):
-            raise ValueError(
-                f"{name}={changes[name]!r} cannot be given to a model that was saved with {name}={saved.get(name)!r}, because "
-                "its policy was fitted with that. Make a new model"
-            )
+            given, own = f"{name}={changes[name]!r}", f"{name}={saved.get(name)!r}"
+            raise ValueError(f"{given} cannot be given to a model whose policy was fitted with {own}: make a new model")
     content.seek(0)
     return content, saved

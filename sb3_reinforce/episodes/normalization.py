@@ -13,17 +13,11 @@ CHUNK = 2_000_000
 
 
 class ObservationNormalizer(nn.Module):
-    """
-    Normalize vector observations to mean 0 and standard deviation 1, like SB3's ``VecNormalize``.
-
-    Images and discrete observations are returned unchanged; each vector entry of a ``Dict`` space has its own statistics.
-    """
+    """Normalize vectors, also those in dictionaries, to mean 0 and standard deviation 1, like SB3's ``VecNormalize``."""
 
     count_0: th.Tensor
-    #: Absolute bound of normalized observations
-    clip = 10.0
-    #: Added to the variance to avoid a division by zero
-    eps = 1e-8
+    #: Absolute bound of normalized observations, and what is added to their variance
+    clip, eps = 10.0, 1e-8
 
     def __init__(self, observation_space: spaces.Space):
         super().__init__()
@@ -31,7 +25,7 @@ class ObservationNormalizer(nn.Module):
         self.keys = [key for key, space in entries.items() if isinstance(space, spaces.Box) and not is_image_space(space)]
         # Names of buffers must not contain dots: entries are named by position
         for position, key in enumerate(self.keys):
-            # SB3's default epsilon gives weight to the initial mean of 0, which biases the variance of observations far from 0
+            # SB3's default epsilon gives weight to the initial mean of 0
             initial = RunningMeanStd(epsilon=0.0, shape=entries[key].shape or ())
             for name in ("mean", "var", "count"):
                 self.register_buffer(f"{name}_{position}", th.as_tensor(getattr(initial, name), dtype=th.float64))

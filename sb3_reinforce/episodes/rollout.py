@@ -1,5 +1,6 @@
 """A batch of whole episodes from the environments of this process, and its callbacks."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def collect_episodes(
 ) -> bool:
     """
     Fill a buffer with the episodes of a schedule, see ``collect_rollouts``. If a ``VecEnv`` steps idle sub-environments, their
-    steps count as ``num_timesteps``, but are not stored, and callbacks see a reward of 0 and no end of an episode.
+    steps count as ``num_timesteps``, but are not stored.
     """
     model.policy.set_training_mode(False)
     rollout_buffer.reset()
@@ -101,17 +102,20 @@ def timeout_values(policy: Any, infos: list[dict[str, Any]], n_steps: np.ndarray
 
 
 class StepsProgressBar(ProgressBarCallback):
-    """SB3's progress bar, moved by ``num_timesteps``, which do not include idle sub-environments."""
+    """SB3's progress bar, moved by ``num_timesteps``, which do not include idle sub-environments, and always closed."""
 
     def _on_step(self) -> bool:
         self.pbar.update(self.num_timesteps - self.model._num_timesteps_at_start - self.pbar.n)
         return True
 
+    def on_learn_end(self) -> None:
+        if hasattr(self, "pbar"):
+            self.pbar.close()
 
-def end_callbacks(callback: Any) -> None:
-    """Call ``on_learn_end()`` of all callbacks that have it. SB3 does not call ``on_training_end()`` after an exception."""
+
+def all_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """Iterate over a callback and those that it calls, which come first."""
     for inner in [*getattr(callback, "callbacks", []), getattr(callback, "callback", None)]:
         if isinstance(inner, BaseCallback):
-            end_callbacks(inner)
-    if hasattr(callback, "on_learn_end"):
-        callback.on_learn_end()
+            yield from all_callbacks(inner)
+    yield callback

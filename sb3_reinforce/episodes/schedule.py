@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 
 #: PyTorch's generators are shared by all threads
-_TORCH_LOCK = threading.RLock()
+TORCH_LOCK = threading.RLock()
 
 
 def episode_seed(seed: int, number: int) -> int:
@@ -30,7 +30,7 @@ def update_rng(seed: int, n_updates: int) -> np.random.Generator:
 def torch_seeded_from(rng: np.random.Generator, device: th.device) -> Iterator[None]:
     """Seed PyTorch on a device from a NumPy generator, and restore PyTorch's generators afterwards."""
     seed = int(rng.integers(2**63))
-    with _TORCH_LOCK, th.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with TORCH_LOCK, th.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         # th.manual_seed() would initialize devices that are not used
         th.default_generator.manual_seed(seed)
         if device.type == "cuda":
@@ -40,24 +40,18 @@ def torch_seeded_from(rng: np.random.Generator, device: th.device) -> Iterator[N
 
 class EpisodeSchedule:
     """
-    The episodes of one rollout.
-
-    A sub-environment that ends an episode starts the next number while the rollout has fewer than ``min_transitions``
-    transitions, including those of unfinished episodes, or fewer than ``min_episodes`` started episodes (both over all
-    sub-environments). After that, it is idle. Every episode that is started is used, so the batch is not biased towards short
-    episodes. Numbers begin with ``next_number``; without a seed of the model, environments are not seeded.
+    The episodes of one rollout, from ``next_number`` on. A sub-environment that ends one starts the next while there are fewer
+    than ``min_transitions`` transitions, also of unfinished episodes, or than ``min_episodes`` started episodes. Then, it is
+    idle. Every episode that is started is used: the batch is not biased towards short ones. None for ``seed`` seeds none.
     """
 
     def __init__(self, n_envs: int, min_transitions: int, min_episodes: int, next_number: int = 0, seed: int | None = None):
-        self.min_transitions = min_transitions
-        self.min_episodes = min_episodes
-        self.next_number = next_number
-        self.seed = seed
+        self.min_transitions, self.min_episodes = min_transitions, min_episodes
+        self.next_number, self.seed = next_number, seed
         # (n_envs,) running sub-environments, and the number, first step and seed of their latest episodes. The array of
         # running ones is replaced instead of changed, so that callbacks may keep it
         self.active = np.zeros(n_envs, dtype=bool)
-        self.numbers = np.zeros(n_envs, dtype=int)
-        self.start_steps = np.zeros(n_envs, dtype=int)
+        self.numbers, self.start_steps = np.zeros((2, n_envs), dtype=int)
         self.seeds: list[int | None] = [None] * n_envs
         #: Sub-environments that started an episode with the latest step
         self.started: list[int] = []
@@ -81,8 +75,8 @@ class EpisodeSchedule:
 
     def end_episode(self, env_idx: int) -> bool:
         """
-        End the episode of a sub-environment with the current step. Return whether it starts the next one. Call this in the
-        order of sub-environments: an idle one that resets all the same gets the seed that the next rollout expects of it.
+        End the episode of a sub-environment with the current step. Return whether it starts the next one. Call this in order:
+        an idle one that resets all the same gets the seed that the next rollout expects of it.
         """
         self.n_active -= int(self.active[env_idx])
         self._set_active(env_idx, False)

@@ -1,8 +1,12 @@
 """Any ``VecEnv``, stepped through the episodes of a schedule."""
 
+import math
+import warnings
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage
 
 from sb3_reinforce.episodes.acting import Actor
@@ -10,8 +14,9 @@ from sb3_reinforce.episodes.buffer import all_finite
 from sb3_reinforce.episodes.schedule import EpisodeSchedule, episode_seed
 from sb3_reinforce.episodes.vec_env import EpisodeRunner, idle_info
 
-#: An episode of this many steps never ends, unless max_episode_steps allows more
-_LONG_EPISODE = 100_000
+#: Steps of an episode that never ends, unless max_episode_steps allows more, and seconds until a user asks whether it does
+_LONG_EPISODE, _PATIENCE = 100_000, 30
+_REMEDY = "set max_episode_steps (with a VecEnv: in its env_kwargs)"
 
 
 class EpisodeSource:
@@ -23,6 +28,7 @@ class EpisodeSource:
         self.user = user
         self.episode_env = env.unwrapped if isinstance(env.unwrapped, EpisodeRunner) else None
         self.skips_idle_envs = skips_idle_envs(env)
+        self.patient_until = perf_counter() + _PATIENCE
         #: (n_envs,) whether the latest observations are the first of an episode, if idle sub-environments are stepped
         self.at_start = np.zeros(env.num_envs, dtype=bool)
 
@@ -75,8 +81,7 @@ class EpisodeSource:
         if episode_env is not None:
             if episode_env.user is not self.user:
                 raise RuntimeError(
-                    "A callback has stepped or reset the training environment during a rollout, so its episodes are not "
-                    "whole. Give the callback an environment of its own"
+                    "A callback has stepped or reset the training environment during a rollout: give it its own"
                 )
             episode_env.schedule, episode_env.steps_idle_envs = schedule, not self.skips_idle_envs
         try:
@@ -100,13 +105,16 @@ class EpisodeSource:
             if not active.all():
                 rewards, dones = np.where(active, rewards, np.float32(0)), dones & active
                 infos = [info if active[env_idx] else idle_info(info) for env_idx, info in enumerate(infos)]
-        if schedule.n_steps % 1000 == 0:
+        if schedule.n_steps % 100 == 0:
             n_steps = np.where(schedule.active | (not self.skips_idle_envs), schedule.n_steps - schedule.start_steps, 0)
             if n_steps.max() >= max(_LONG_EPISODE, getattr(episode_env, "max_episode_steps", None) or 0):
                 raise RuntimeError(
                     f"The episode of environment {n_steps.argmax()} has not ended after {n_steps.max():,} steps. REINFORCE "
-                    "learns from whole episodes: set max_episode_steps (with a VecEnv: in its env_kwargs)"
+                    f"learns from whole episodes: {_REMEDY}"
                 )
+            if n_steps.max() == schedule.n_steps and perf_counter() > self.patient_until:
+                self.patient_until = math.inf
+                warnings.warn(f"An episode has not ended after {_PATIENCE} s: if it never ends, {_REMEDY}", stacklevel=2)
         return obs, rewards, dones, infos
 
 
@@ -119,7 +127,11 @@ def reasons_not_reproducible(env: VecEnv) -> list[str]:
     """Why episodes on a ``VecEnv`` do not depend on the weights, the seed and their number alone."""
     if not getattr(env.unwrapped, "seeds_episodes", False):
         return [f"a {type(env.unwrapped).__name__} does not seed each episode"]
-    return [f"a {type(env).__name__} steps idle environments"] if env.num_envs > 1 and not skips_idle_envs(env) else []
+    stateful = [cls.__name__ for cls in (NormalizeObservation, NormalizeReward) if any(env.env_is_wrapped(cls))]
+    reasons = [f"each {name}, also those of workers, begins with statistics of its own" for name in stateful]
+    if env.num_envs > 1 and not skips_idle_envs(env):
+        reasons.append(f"a {type(env).__name__} steps idle environments")
+    return reasons
 
 
 def seed_next_episodes(env: VecEnv, schedule: EpisodeSchedule) -> None:
@@ -131,9 +143,7 @@ def seed_next_episodes(env: VecEnv, schedule: EpisodeSchedule) -> None:
 
 def add_environment_note(error: Exception, env: VecEnv, where: str, schedule: EpisodeSchedule | None = None) -> None:
     """Note in an error of an environment which sub-environment raised it, and in which episode and step."""
-    env_idx = env.unwrapped.current_env if isinstance(env.unwrapped, EpisodeRunner) else None
-    if env_idx is None and env.num_envs == 1:
-        env_idx = 0
+    env_idx = getattr(env.unwrapped, "current_env", None) if env.num_envs > 1 else 0
     who = f"Environment {env_idx}" if env_idx is not None else f"One of the {env.num_envs} environments"
     if schedule is not None and env_idx is not None and schedule.n_started:
         where = schedule.where(env_idx)
@@ -142,8 +152,11 @@ def add_environment_note(error: Exception, env: VecEnv, where: str, schedule: Ep
 
 def not_finite(who: str, name: str, value: Any, where: str) -> ValueError:
     """The error for a value that is NaN or infinite."""
+    value = np.asarray(value)
+    is_bad = ~(np.abs(value) <= np.finfo(np.float32).max)
+    bad = tuple(map(int, np.argwhere(is_bad)[0])) if is_bad.any() else ()
+    what = value.tolist() if value.size <= 10 else f"with {value[bad]} at {bad}"
     return ValueError(
-        f"{who} returned the {name} {np.asarray(value).tolist()} {where}: NaN, infinite, or too large for float32 (3.4e38). "
-        "Nothing was learned from this rollout. Fix the environment, or scale or replace such values in a wrapper. The reward "
-        "at a time limit includes the value of the last observation, and VecNormalize spreads NaN to all environments"
+        f"{who} returned the {name} {what} {where}: NaN, infinite, or too large for float32 (3.4e38). Nothing was learned "
+        "from this rollout. Fix the environment, or scale or replace such values in a wrapper"
     )

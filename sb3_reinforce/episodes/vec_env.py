@@ -15,9 +15,10 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.patch_gym import _patch_env
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
-from sb3_reinforce.episodes.checks import check_count
+from sb3_reinforce.episodes.checks import check_count, check_space
 from sb3_reinforce.episodes.schedule import EpisodeSchedule
 
 #: What an environment can be made of
@@ -28,7 +29,6 @@ _ATOMIC = frozenset({bool, int, float, str, type(None), np.bool_, np.float32, np
 class EpisodeRunner(VecEnv):
     """Interface of a ``VecEnv`` that runs the episodes of an :class:`EpisodeSchedule` and can leave sub-environments idle."""
 
-    #: Whether each episode is seeded by its number
     seeds_episodes = True
 
     def _init_episodes(self) -> None:
@@ -39,10 +39,9 @@ class EpisodeRunner(VecEnv):
         #: The model that stepped or reset the environments last (None: others), and the sub-environment that is stepped
         self.user: Any = None
         self.current_env: int | None = None
-        #: Arguments of :func:`wrap_env`
-        self.maker: str | EnvSpec | Callable[[], GymEnv] | None = None
+        #: Arguments of :func:`wrap_env`, and the name under which workers keep their environments
+        self.maker: EnvSpec | Callable[[], GymEnv] | None = None
         self.max_episode_steps: int | None = None
-        #: Workers keep their environments under this name
         self.name = uuid.uuid4().hex
         # Sub-environments at the start of an episode, with the seed of their reset; idle ones at the end of an episode
         self._at_start: dict[int, int | None] = {}
@@ -59,10 +58,8 @@ class EpisodeRunner(VecEnv):
 
 class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
     """
-    SB3's ``DummyVecEnv`` with numbered episodes.
-
-    Stepped by REINFORCE, it follows an :class:`EpisodeSchedule`: a sub-environment is reset once per episode, with the seed of
-    that episode, and is not stepped while it is idle. Stepped by anything else, it behaves like ``DummyVecEnv``.
+    SB3's ``DummyVecEnv`` with numbered episodes: stepped by REINFORCE, a sub-environment is reset once per episode, with the
+    seed of that episode, and is not stepped while it is idle. Stepped by anything else, it behaves like ``DummyVecEnv``.
 
     :param env_fns: functions that make one environment each
     """
@@ -111,10 +108,7 @@ class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
                     obs = self._reset_env(env_idx, schedule.seeds[env_idx])
                 else:
                     self._at_end.add(env_idx)
-            if self._array is not None:
-                self._array[env_idx] = obs
-            else:
-                self._save_obs(env_idx, obs)
+            self._save_obs(env_idx, obs)
             infos.append(_copy(info))
         self.current_env = None
         return self._obs_from_buf(), self.buf_rews.copy(), self.buf_dones.copy(), infos
@@ -137,6 +131,21 @@ class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
                 self._save_obs(env_idx, self._reset_env(env_idx, seed))
         return self._obs_from_buf()
 
+    def _get_target_envs(self, indices: Any) -> list[gym.Env]:
+        if getattr(self.user, "_running_workers", None) is not None:
+            raise RuntimeError("Workers have their own environments, which attributes and methods do not reach: use infos")
+        return super()._get_target_envs(indices)
+
+    def _save_obs(self, env_idx: int, obs: Any) -> None:
+        try:
+            if self._array is not None:
+                self._array[env_idx] = obs
+            else:
+                super()._save_obs(env_idx, obs)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            error.add_note("The observation does not fit its space: see check_env of gymnasium.utils.env_checker")
+            raise
+
     def _obs_from_buf(self) -> VecEnvObs:
         if self._array is not None:
             return self._array.copy()
@@ -158,8 +167,7 @@ def wrap_env(env: EnvSource, max_episode_steps: int | None = None, verbose: int 
     """
     Wrap an environment as SB3 does, with an :class:`EpisodeVecEnv` instead of a ``DummyVecEnv``.
 
-    :param env: id (made without render mode, because many environments then draw each frame), callable, environment or
-        ``VecEnv``
+    :param env: id (made without render mode: many environments draw each frame), callable, environment or ``VecEnv``
     :param max_episode_steps: number of steps of a ``TimeLimit`` around the environment, inside its ``Monitor``
     :param verbose: 1 to print the wrappers
     :raises ValueError: if ``max_episode_steps`` is given for a ``VecEnv``
@@ -167,15 +175,20 @@ def wrap_env(env: EnvSource, max_episode_steps: int | None = None, verbose: int 
     check_count("max_episode_steps", max_episode_steps)
     maker: Any = None
     if isinstance(env, (str, EnvSpec)):
-        maker, env = env, gym.make(env)
+        env = gym.make(env)
+        # Other processes may not know the id
+        maker = env.spec
     elif callable(env) and not isinstance(env, (gym.Env, VecEnv)):
         maker, env = env, env()
     is_plain = type(env) is DummyVecEnv or not isinstance(env, VecEnv)
+    env = env if isinstance(env, VecEnv) else _patch_env(env)
+    check_space("observation", env.observation_space)
+    check_space("action", env.action_space)
     if isinstance(env, VecEnv):
         if max_episode_steps not in (None, getattr(env.unwrapped, "max_episode_steps", None)):
             raise ValueError(
-                f"max_episode_steps={max_episode_steps} cannot be applied to a {type(env).__name__}: make its environments "
-                'with make_vec_env(..., env_kwargs={"max_episode_steps": ...}), and leave max_episode_steps at None'
+                f"{max_episode_steps=} cannot be applied to a {type(env).__name__}: make its environments with "
+                'make_vec_env(..., env_kwargs={"max_episode_steps": ...}), and leave max_episode_steps at None'
             )
     elif max_episode_steps is not None:
         if isinstance(env, Monitor):

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_reinforce.episodes.checks import check_integer
+from sb3_reinforce.episodes.checks import is_integer
 from sb3_reinforce.episodes.schedule import EpisodeSchedule, episode_seed
 from sb3_reinforce.episodes.vec_env import EpisodeRunner
 
@@ -46,9 +46,9 @@ class EnvPoolVecEnv(EpisodeRunner):
 
     def __init__(self, task_id: str, n_envs: int, seed: int = 0, num_threads: int = 1, **kwargs: Any):
         # EnvPool can abort the process if an argument is out of range
-        check_integer("n_envs", n_envs, 1)
-        check_integer("seed", seed, 0, 2**31)
-        check_integer("num_threads", num_threads, 0)
+        for name, value, minimum in (("n_envs", n_envs, 1), ("seed", seed, 0), ("num_threads", num_threads, 0)):
+            if not is_integer(value, minimum, 2**31):
+                raise ValueError(f"{name} must be an integer in [{minimum}, 2**31), got {name}={value!r}")
         for name in _RESERVED:
             if name in kwargs:
                 raise ValueError(f"{name} is not an option of EnvPoolVecEnv, which sets {', '.join(_RESERVED)} itself")

@@ -37,7 +37,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
 from sb3_reinforce.episodes.checks import read_model_file
-from sb3_reinforce.episodes.rollout import StepsProgressBar
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv, wrap_env
 from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.tools.checkpoints import (
@@ -92,8 +91,6 @@ def register() -> None:
     ExperimentManager: Any = type("ExperimentManager", (Experiments, rl_zoo3.exp_manager.ExperimentManager), {})
     # rl_zoo3.train imports the class by name
     rl_zoo3.exp_manager.ExperimentManager = rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]
-    # SB3's progress bar also counts idle sub-environments
-    rl_zoo3.exp_manager.ProgressBarCallback = StepsProgressBar  # type: ignore[misc]
     # rl_zoo3.train creates its parser inside of train()
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--workers", metavar="N", help="Number of processes that run episodes (0: none)", default=0, type=int)

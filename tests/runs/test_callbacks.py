@@ -9,7 +9,13 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, EvalCallback, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    ConvertCallback,
+    EvalCallback,
+    ProgressBarCallback,
+    StopTrainingOnMaxEpisodes,
+)
 from stable_baselines3.common.logger import HumanOutputFormat, TensorBoardOutputFormat, configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import LinearSchedule
@@ -18,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sb3_reinforce import REINFORCE, EpisodeVecEnv
 from tests.envs import RandomEnv, ScriptedEnv
+from tests.executors import FakeExecutor
 from tests.rollouts import StopAt
 from tests.runs.common import PAIR, VECTOR, random_env, weights
 
@@ -147,13 +154,14 @@ def test_local_variables_have_the_names_of_a2c():
     assert names[A2C] - names[REINFORCE] <= {"obs_tensor", "values", "log_probs"}
 
 
-def test_callbacks_can_change_rewards_in_place():
+@pytest.mark.parametrize("workers", [None, FakeExecutor(1)], ids=["here", "workers"])
+def test_callbacks_can_change_rewards_in_place(workers):
     """Like callbacks that add an exploration bonus."""
 
     def change(locals_):
         locals_["rewards"][:] = 7.0
 
-    model = make_model().learn(1, callback=at_each_step(change))
+    model = make_model(env=lambda: ScriptedEnv([4]), workers=workers).learn(1, callback=at_each_step(change))
     np.testing.assert_array_equal(model.rollout_buffer.rewards, 7.0)
 
 
@@ -209,13 +217,21 @@ def test_eval_callback_does_not_change_training(eval_env, deterministic, use_sde
 # Progress bars
 
 
+@pytest.mark.parametrize("kwargs", [dict(progress_bar=True), dict(callback=[ProgressBarCallback()])], ids=["true", "callback"])
 @pytest.mark.parametrize("make_env", [DummyVecEnv, EpisodeVecEnv, lambda fns: VecNormalize(EpisodeVecEnv(fns))])
-def test_progress_bar_true_does_not_count_idle_steps(make_env, capsys):
+def test_progress_bars_do_not_count_idle_steps(make_env, kwargs, capsys):
     model = make_model(env=make_env([lambda length=length: ScriptedEnv([length]) for length in (3, 8)]), n_steps=6)
     for _ in range(2):
         before = model.num_timesteps
-        model.learn(10, progress_bar=True, reset_num_timesteps=False)
+        model.learn(10, **kwargs, reset_num_timesteps=False)
         assert f" {model.num_timesteps - before}/10 " in capsys.readouterr().out
+
+
+def test_a_progress_bar_is_closed_after_an_error():
+    bar = ProgressBarCallback()
+    with pytest.raises(ZeroDivisionError):
+        make_model().learn(20, callback=[bar, at_each_step(lambda locals_: 1 / 0)])
+    assert bar.pbar.disable
 
 
 @pytest.mark.parametrize("callback", [Journal(), [Journal(), Journal()], lambda locals_, globals_: True])

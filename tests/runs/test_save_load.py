@@ -138,6 +138,7 @@ def test_a_model_file_has_all_arguments_and_counters(tmp_path: Path):
         baseline_memory=0.25,
         baseline_kwargs=dict(ridge=0.5),
         bootstrap_timeouts=True,
+        seed_episodes=False,
         normalize_observations=False,
         tensorboard_log=str(tmp_path / "tensorboard"),
         policy_kwargs=dict(net_arch=[5]),
@@ -176,34 +177,6 @@ def test_a_loaded_model_can_switch_between_the_two_kinds_of_steps(tmp_path: Path
 
 
 # Files
-
-FIXTURE = Path(__file__).parent.parent / "fixtures" / "model_format_4.zip"
-#: Expected contents of the fixture
-FIXTURE_COUNTERS = (551, 6, 13)
-PROBABILITIES = [0.7517, 0.8464, 0.5758, 0.211]
-VALUES = [29.6109, -8.3868, 11.5761, 3.3403]
-
-
-def test_a_file_of_format_4_is_loaded_and_learns():
-    """
-    The file is written only when the format changes::
-
-        kwargs = dict(stats_window_size=5, policy_kwargs=dict(net_arch=[8]), baseline_kwargs=dict(n_units=8))
-        model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=50, n_episodes=2, seed=0, **kwargs).learn(500)
-        model.save("tests/fixtures/model_format_4.zip")
-    """
-    model = REINFORCE.load(FIXTURE, env="CartPole-v1")
-    assert (model.seed, model.n_steps, model.gamma, model.baseline) == (0, 50, 0.99, "random_features")
-    assert (model.num_timesteps, model._n_updates, model._next_episode) == FIXTURE_COUNTERS
-    assert model.damping_scores.shape == (2, 7) and model.damping_scores.all()
-    observations = (np.random.default_rng(0).normal(size=(4, 4)) * [1, 1, 0.1, 1]).astype(np.float32)
-    with th.no_grad():
-        tensor = model.policy.obs_to_tensor(observations)[0]
-        probabilities = model.policy.get_distribution(tensor).distribution.probs[:, 1]  # type: ignore[union-attr]
-        values = model.policy.predict_values(tensor).flatten()
-    np.testing.assert_allclose(probabilities, PROBABILITIES, atol=1e-4)
-    np.testing.assert_allclose(values, VALUES, atol=1e-3)
-    assert model.learn(300, reset_num_timesteps=False)._n_updates > FIXTURE_COUNTERS[1]
 
 
 def test_saving_only_reads(monkeypatch: pytest.MonkeyPatch):
