@@ -9,8 +9,7 @@ from sb3_reinforce.episodes.checks import check_count, is_integer, is_real
 from sb3_reinforce.policies import MlpPolicy
 from sb3_reinforce.returns import AdvantageName
 
-#: Learning rate of the constructor, which only steps of the optimizer use
-DEFAULT_RATE = 1e-3
+DEFAULT_RATE = 1e-3  # only steps of the optimizer use it
 
 
 def check_hyperparameters(model: Any) -> None:

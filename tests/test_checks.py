@@ -86,7 +86,7 @@ def test_one_of_n_steps_and_n_episodes_is_given():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_numbers_of_numpy_are_accepted(dtype: type):
     kwargs: dict[str, Any] = dict(target_kl=dtype(0.01), cg_damping=dtype(0.1), ent_coef=dtype(0.1), cg_max_steps=np.int64(5))
-    kwargs |= dict(n_steps=np.int32(8), baseline_kwargs=dict(ridge=dtype(0.1), n_units=np.int64(1)))
+    kwargs |= dict(seed=np.int64(3), n_steps=np.int32(8), baseline_kwargs=dict(ridge=dtype(0.1), n_units=np.int64(1)))
     assert REINFORCE("MlpPolicy", ScriptedEnv([4]), **kwargs).learn(1)._n_updates == 1
 
 

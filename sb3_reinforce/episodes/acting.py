@@ -99,7 +99,7 @@ class Actor:
         self._has_own_forward = overrides(policy, "forward")
         space = policy.action_space
         self._actions_shape = (-1, *(space.shape or ()))
-        # A first dimension avoids broadcasting, which is slow for small arrays
+        # Broadcasting is slow for small arrays
         clips = isinstance(space, spaces.Box) and not policy.squash_output
         self._bounds = (space.low[None], space.high[None]) if clips else None  # type: ignore[attr-defined]
 
@@ -138,7 +138,7 @@ class Actor:
             logits = th.cat([part.logits for part in parts], dim=1) if isinstance(parts, list) else parts.logits
             return self._sample_outputs(distribution, logits.cpu().numpy())
 
-    def _draw_matrices(self, distribution: distributions.StateDependentNoiseDistribution) -> np.ndarray:
+    def _draw_matrices(self, distribution: Any) -> np.ndarray:
         return self.noise.draw_matrices(lambda: distribution.get_std(self.policy.log_std).detach().cpu().numpy())
 
     def _sample_outputs(self, distribution: Distribution, outputs: np.ndarray, std: Any = None) -> np.ndarray:

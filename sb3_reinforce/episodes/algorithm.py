@@ -2,6 +2,7 @@
 
 import io
 import math
+import operator
 import pathlib
 import uuid
 from collections.abc import Iterable, Iterator
@@ -113,7 +114,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """Set the seed of the pseudo-random generators (Python, NumPy, PyTorch, action space) and of the next episodes."""
-        super().set_random_seed(seed)
+        # Python refuses NumPy's integers
+        super().set_random_seed(seed := None if seed is None else operator.index(seed))
         if seed is not None:
             self.seed = self.run_seed = seed
 

@@ -16,7 +16,6 @@ from stable_baselines3.common.save_util import open_path
 
 #: Stored in each model file as ``file_format``. The number increases when older files cannot be loaded.
 FILE_FORMAT = "sb3_reinforce.REINFORCE 4"
-
 _SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -44,7 +43,6 @@ def check_count(name: str, value: Any) -> None:
 
 def check_scheduled(name: str, value: float, progress_remaining: float) -> None:
     """Raise a ValueError if a schedule returns a value that is not finite or below 0."""
-    # Adam fails on learning rates that overflow float32
     if not is_real(value, minimum=0) or (name == "learning_rate" and value > float(np.finfo(np.float32).max)):
         raise ValueError(f"{name} must be finite and at least 0, but its schedule returns {value} at {progress_remaining=}")
 

@@ -43,9 +43,8 @@ class ObservationNormalizer(nn.Module):
     def _normalize(self, key: str, observations: th.Tensor) -> th.Tensor:
         # Subtract in the observation's precision: float32 loses small differences of large numbers
         dtype = th.float32 if observations.dtype == th.float32 else th.float64
-        mean, var, _ = self.statistics(key)
-        std = th.sqrt(var + self.eps)
-        return (observations.to(dtype) - mean.to(dtype)).div_(std.to(dtype)).clamp_(-self.clip, self.clip).float()
+        mean, std = self.statistics(key)[0].to(dtype), th.sqrt(self.statistics(key)[1] + self.eps).to(dtype)
+        return (observations.to(dtype) - mean).div_(std).clamp_(-self.clip, self.clip).float()
 
     def update(self, observations: np.ndarray | dict[str, np.ndarray]) -> None:
         """Merge (n_transitions, ...) observations of the environment into the statistics."""

@@ -53,7 +53,6 @@ def collect_episodes(
 
         callback.update_locals(locals())
         continue_training = callback.on_step()
-        # Another environment, set by the callback, begins with a reset
         if model.env is env:
             model._last_obs = new_obs
         if not continue_training:

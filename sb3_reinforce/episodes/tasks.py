@@ -60,7 +60,6 @@ def _torch_settings() -> tuple[int, str, bool]:
 
 #: Configuration and environment that this thread used last, with their names
 _LATEST = threading.local()
-#: Set when episodes must end
 _STOP = threading.Event()
 
 

@@ -137,12 +137,16 @@ class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
         return super()._get_target_envs(indices)
 
     def _save_obs(self, env_idx: int, obs: Any) -> None:
+        if self._array is not None and getattr(obs, "shape", None) == self.observation_space.shape:
+            self._array[env_idx] = obs
+            return
         try:
-            if self._array is not None:
-                self._array[env_idx] = obs
-            else:
-                super()._save_obs(env_idx, obs)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+            for key, rows in self.buf_obs.items():
+                value = np.asarray(obs if key is None else obs[key])
+                if value.size != rows[env_idx].size:
+                    raise ValueError(f"An observation has the shape {value.shape} instead of {rows.shape[1:]}")
+                rows[env_idx] = value
+        except (ValueError, TypeError, KeyError) as error:
             error.add_note("The observation does not fit its space: see check_env of gymnasium.utils.env_checker")
             raise
 

@@ -55,7 +55,7 @@ class Workers:
             # loky's reusable executor may be shared with others
             self._n_processes, start = int(workers), dict(initializer=start_process, initargs=(os.getpid(),))
             self._executor = loky.ProcessPoolExecutor(self._n_processes, timeout=300, **start)
-        #: Mean number of steps of an episode of the latest batch (None: no batch yet), and steps of unused episodes in total
+        #: Mean steps of an episode of the latest batch, None before, and steps of unused episodes
         self.mean_steps: float | None = None
         self.n_discarded = 0
 
