@@ -17,10 +17,8 @@ from sb3_reinforce.episodes.normalization import CHUNK
 
 #: Maximum number of features of a fit, which takes cubic time: more features are projected at random.
 MAX_FEATURES = 384
-#: Eigenvalues below this fraction of the largest one are 0: float32 features cannot be told from collinear ones.
-_RANK_TOLERANCE = 1e-12
-#: A feature is constant up to rounding if its standard deviation is below this fraction of its mean.
-_CONSTANT_TOLERANCE = 1e-10
+_RANK_TOLERANCE = 1e-12  # of eigenvalues, relative to the largest one: float32 features cannot be told from collinear ones
+_CONSTANT_TOLERANCE = 1e-10  # of the standard deviation of a feature, relative to its mean
 
 
 class Moments(NamedTuple):

@@ -18,8 +18,7 @@ from sb3_reinforce.policies import BaselinePolicy, flatten
 
 #: Dampings that batches choose from, the first one where nothing is known
 DAMPINGS = np.array([0.1, 0.01, 0.03, 0.3, 1.0, 3.0, 10.0])
-#: Weight of the latest batch in the mean scores
-_NEWEST = 0.1
+_NEWEST = 0.1  # weight of the latest batch in the mean scores
 
 Product = Callable[[th.Tensor], th.Tensor]
 

@@ -131,7 +131,8 @@ class OwnVecEnv(DummyVecEnv):
 
 class Simulators(VecEnv):
     """
-    Simulators in one array, as on a GPU, which reset themselves: only the first ``reset()`` does anything.
+    Simulators in one array, as on a GPU, which reset themselves: only the first ``reset()`` does anything. Observations use
+    the same memory again.
 
     Episodes have the given lengths in turn; observations are [simulator, episode, step], rewards 100 * episode + step.
 
@@ -144,6 +145,7 @@ class Simulators(VecEnv):
         self.lengths_of_each = lengths_of_each
         self.dtypes = dtypes
         self.episodes, self.steps = np.zeros((2, self.num_envs), dtype=int)
+        self.memory = self._observations()
         self.n_resets = 0
         # (simulator, episode, step before) of every step that was taken
         self.taken: list[tuple[int, int, int]] = []
@@ -153,7 +155,8 @@ class Simulators(VecEnv):
 
     def reset(self) -> np.ndarray:
         self.n_resets += 1
-        return self._observations()
+        self.memory[:] = self._observations()
+        return self.memory
 
     def step_async(self, actions: np.ndarray) -> None:
         assert actions.shape == (self.num_envs, 2)
@@ -169,7 +172,8 @@ class Simulators(VecEnv):
             infos[index].update(terminal_observation=self._observations()[index], episode=dict(r=0, l=lengths[index], t=0))
         self.episodes[dones] += 1
         self.steps[dones] = 0
-        return self._observations(), rewards.astype(self.dtypes[0]), dones.astype(self.dtypes[1]), infos
+        self.memory[:] = self._observations()
+        return self.memory, rewards.astype(self.dtypes[0]), dones.astype(self.dtypes[1]), infos
 
     def close(self) -> None:
         pass

@@ -81,17 +81,6 @@ def test_whole_episodes_are_added_like_their_steps(is_dict: bool):
     np.testing.assert_equal(whole.observations, stepwise.observations)
 
 
-def test_memory_of_the_environment_is_copied():
-    buffer, obs, reward = EpisodeRolloutBuffer(1, VECTOR, BOX, "cpu"), np.zeros((1, 2)), np.zeros(1)
-    for _ in range(3):
-        buffer.add(obs, np.zeros((1, 2, 3)), reward, ONE, ONE)
-        obs += 1
-        reward += 1
-    buffer.finish()
-    np.testing.assert_array_equal(buffer.observations, [[0, 0], [1, 1], [2, 2]])
-    np.testing.assert_array_equal(buffer.rewards, [0, 1, 2])
-
-
 SAMPLES = dict(observations="observations", actions="actions", old_values="values", advantages="advantages", returns="returns")
 
 

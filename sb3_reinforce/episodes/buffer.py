@@ -30,8 +30,6 @@ class EpisodeRolloutBuffer(RolloutBuffer):
 
     def add(self, obs: Any, action: Any, reward: Any, episode_start: Any, active: Any) -> None:  # type: ignore[override]
         """Add one step of all sub-environments, or an episode of a single one: arrays of (n_envs, ...), unclipped actions."""
-        # Copy to C order: rounding depends on the memory layout, which differs for transposed images
-        obs = {key: entry.copy() for key, entry in obs.items()} if isinstance(obs, dict) else obs.copy()
         self._steps.append((obs, action, reward.astype(np.float64), episode_start, active))
         self.pos += len(reward) // self.n_envs
 
@@ -99,6 +97,11 @@ class EpisodeRolloutBuffer(RolloutBuffer):
             actions, *rest = (self.to_torch(column[batch_inds].astype(np.float32, copy=False)) for column in columns)
         values, advantages, returns = rest
         return RolloutBufferSamples(observations, actions, values, None, advantages, returns)  # type: ignore[arg-type]
+
+
+def copy_obs(obs: Any) -> Any:
+    """Copy observations in C order: rounding depends on the memory layout, which differs for transposed images."""
+    return {key: entry.copy() for key, entry in obs.items()} if isinstance(obs, dict) else obs.copy()
 
 
 def all_finite(values: np.ndarray) -> bool:

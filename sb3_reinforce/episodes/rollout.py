@@ -9,7 +9,7 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.logger import Logger
 
 from sb3_reinforce.episodes.acting import EpisodeNoise, make_actor
-from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
+from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer, copy_obs
 from sb3_reinforce.episodes.schedule import EpisodeSchedule
 from sb3_reinforce.episodes.source import EpisodeSource, not_finite
 
@@ -45,6 +45,7 @@ def collect_episodes(
         actions, clipped_actions = source.act(act, obs)
         active, n_active = schedule.active, schedule.n_active
         n_before: Any = schedule.n_steps - schedule.start_steps if model.bootstrap_timeouts else 0
+        kept_obs = copy_obs(obs)  # a VecEnv may use their memory again
         new_obs, rewards, dones, infos = source.step(clipped_actions)
         n_stepped = n_active if source.skips_idle_envs else env.num_envs
         model.num_timesteps += n_stepped
@@ -62,7 +63,7 @@ def collect_episodes(
             if model.bootstrap_timeouts:
                 rewards = rewards + model.gamma * timeout_values(model.policy, infos, n_before + 1)
         if n_active:
-            rollout_buffer.add(obs, actions, rewards, episode_starts, active)
+            rollout_buffer.add(kept_obs, actions, rewards, episode_starts, active)
         episode_starts = within_episode
         if schedule.started:
             noise.begin(schedule.started, schedule.numbers)

@@ -21,7 +21,6 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 from sb3_reinforce.episodes.checks import check_count, check_space
 from sb3_reinforce.episodes.schedule import EpisodeSchedule
 
-#: What an environment can be made of
 EnvSource = GymEnv | str | EnvSpec | Callable[[], GymEnv]
 _ATOMIC = frozenset({bool, int, float, str, type(None), np.bool_, np.float32, np.float64, np.int32, np.int64})
 

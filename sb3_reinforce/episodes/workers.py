@@ -14,7 +14,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer
+from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer, copy_obs
 from sb3_reinforce.episodes.checks import check_count
 from sb3_reinforce.episodes.rollout import finish_rollout, timeout_values
 from sb3_reinforce.episodes.schedule import EpisodeSchedule
@@ -161,7 +161,7 @@ def collect_from_workers(
         rewards, starts = episode.rewards.astype(np.float64), np.roll(at_end, 1)
         if model.bootstrap_timeouts:
             rewards[-1] += model.gamma * timeout_values(model.policy, episode.infos[-1:], np.array([len(rewards)]))[0]
-        rollout_buffer.add(episode.observations, episode.actions, rewards, starts, np.ones_like(starts))
+        rollout_buffer.add(copy_obs(episode.observations), episode.actions, rewards, starts, np.ones_like(starts))
     finish_rollout(rollout_buffer, schedule, n_steps, model.logger)
     model.logger.record("time/discarded_steps", workers.n_discarded)
     return True
