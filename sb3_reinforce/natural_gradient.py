@@ -143,11 +143,9 @@ def natural_direction(
     """
     Compute the direction of ``(F + damping I)^-1 gradient``, with the damping of the best mean score.
 
-    :param product: products with the Fisher matrix F
     :param parts: (n,) gradients of one or two parts of a batch, which add up to its gradient; not all are zero
     :param dampings: dampings to choose from, the first one where scores are equal
     :param scores: (2, n_dampings) running means of :func:`cross_validate`, to which two parts contribute
-    :param max_steps: maximum number of products per part
     :return: (n,) direction, position of the damping, and running means
     """
     parts = [part for part in parts if part.any()]
@@ -175,7 +173,6 @@ def length_of_divergence(
     30 evaluations, the longest step known to stay below the target is taken.
 
     :param divergence_at: divergence after a step of some length, infinite or NaN if it is not defined
-    :param target: divergence to reach, above 0, up to a relative error of ``tolerance``
     :param first: first length to try, above 0. No step is longer than ten times this length
     """
     low, high, length = 0.0, 10 * first, first
@@ -194,13 +191,7 @@ def length_of_divergence(
 def natural_step(
     parameters: Sequence[th.Tensor], direction: th.Tensor, product: Product, divergence: Callable[[], float], target_kl: float
 ) -> None:
-    """
-    Take a step of ``target_kl`` against an (n,) direction, in place.
-
-    :param parameters: parameters with n entries in total
-    :param product: products with the Fisher matrix
-    :param divergence: mean divergence of the current policy from the old one; a ValueError means that it is not defined
-    """
+    """Take a step of ``target_kl`` against an (n,) direction, in place. A ValueError of ``divergence`` means infinity."""
     direction, start = direction / direction.abs().max().clamp(min=1e-30), flatten(parameters).detach()
 
     def divergence_at(length: float) -> float:

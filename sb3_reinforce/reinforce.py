@@ -195,10 +195,7 @@ class REINFORCE(EpisodicAlgorithm):
             buffer.advantages = returns.td_advantages(buffer.rewards, buffer.episode_starts, buffer.values, self.gamma)
 
     def train(self) -> None:
-        """
-        Update the policy with one step on the whole batch, then fit the critics to it. An error leaves the model as it was,
-        for example a ValueError because the gradient, or the policy after the step, is not finite.
-        """
+        """Take one step on the whole batch, then fit the critics to it. An error leaves the model as it was before."""
         buffer, policy = self.rollout_buffer, self.policy
         self.logger.record("train/n_updates", self._n_updates + 1, exclude="tensorboard")
         self.logger.record("train/advantage_std", float(buffer.advantages.std()))

@@ -100,6 +100,18 @@ def test_both_actors_sample_the_same_actions(space: str, variant: str):
                 np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("net_arch", [[], [5]])
+@pytest.mark.parametrize("kind", ["discrete", "multi-discrete", "bits"])
+def test_both_actors_sample_the_same_actions_without_observed_numbers(kind: str, net_arch: list[int]):
+    space = ACTIONS.get(kind, spaces.MultiBinary([2, 3]))
+    policy = make_policy(ACTIONS["box"], observation_space=space, net_arch=net_arch)
+    for n_envs in (1, 7):
+        obs = np.array([space.sample() for _ in range(n_envs)])
+        fast, general = make_actor(policy, make_noise(n_envs)), Actor(policy, make_noise(n_envs))
+        assert type(fast) is MlpActor
+        np.testing.assert_allclose(fast(obs)[0], general(obs)[0], rtol=1e-4, atol=1e-5)
+
+
 class Custom(MlpPolicy):
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
         return super()._get_action_dist_from_latent(latent_pi * 2)
@@ -127,7 +139,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "custom distribution": lambda: make_policy(ACTIONS["box"], Custom),
     "compiled": lambda: Compiled(make_policy(ACTIONS["box"], Custom)),
     "other activation": lambda: make_policy(ACTIONS["box"], activation_fn=nn.ELU),
-    "discrete observations": lambda: make_policy(ACTIONS["box"], observation_space=spaces.Discrete(3)),
+    "discrete, gSDE": lambda: make_policy(ACTIONS["box"], observation_space=spaces.Discrete(3), use_sde=True),
     "images": lambda: make_policy(ACTIONS["box"], CnnPolicy, IMAGE),
     "hook": lambda: changed(lambda policy: policy.action_net.register_forward_hook(lambda module, args, output: output + 1)),
     "no bias": lambda: changed(lambda policy: setattr(policy, "action_net", nn.Linear(64, 4, bias=False))),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch as th
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
@@ -192,41 +191,6 @@ def test_a_delayed_reward_is_the_sum_of_an_episode():
         assert play(env, lambda _: 1, seed) == [0.0] * (len(at_once) - 1) + [sum(at_once)]
 
 
-def test_coins_are_rewarded_once_and_the_exit_ends_the_episode():
-    up, down, right = 0, 1, 2
-    actions = [right, *[up] * 4, up, down, *[right] * 4, *[down] * 2, *[up] * 3, *[right] * 2, *[up] * 2]
-    assert where.Treasure.moves[:3] == ((0, 1), (0, -1), (1, 0))
-    rewards = play(where.Treasure(), actions)
-    assert [step for step, reward in enumerate(rewards) if reward] == [4, 12, 18]
-    assert len(rewards) == 19 and sum(rewards) == 3
-    # The time limit is 100 steps
-    assert play(where.delayed_treasure(), lambda _: down) == [0.0] * 100
-
-
-def test_the_mean_reward_of_an_arm_depends_on_the_context():
-    env = where.Bandit()
-    env.reset(seed=0)
-    rewards = []
-    for _ in range(4000):
-        env.context = np.ones(8, np.float32)
-        _, reward, terminated, _, _ = env.step(3)
-        rewards.append(reward)
-        assert terminated
-    assert np.mean(rewards) == pytest.approx(where.Bandit.weights[3].sum(), abs=0.1)
-    assert np.std(rewards) == pytest.approx(1, abs=0.1)
-
-
-def test_every_ball_can_be_caught():
-    def follow(env: where.Catch) -> int:
-        image = env.observe()[:: env.scale, :: env.scale, 0]
-        assert (image[env.row, env.column], image[-1, env.paddle]) == (255, 255) and (image > 0).sum() == 2
-        return 1 + int(np.sign(env.column - env.paddle))
-
-    for seed in range(20):
-        assert sum(play(where.Catch(), follow, seed)) == where.Catch.balls
-    assert len(play(where.Catch(), follow)) == where.Catch.balls * (where.Catch.cells - 1)
-
-
 @pytest.mark.parametrize("task", where.TASKS)
 def test_all_algorithms_of_a_task_can_be_created(task: str):
     for algorithm in where.TASKS[task].algorithms.values():
@@ -323,47 +287,3 @@ def test_moments(gradients: np.ndarray):
     (squared_mean,), (trace,) = variance.moments(gradients @ gradients.T, np.ones((1, n)))
     assert trace == pytest.approx(np.trace(np.cov(gradients.T)))
     assert squared_mean == pytest.approx(np.sum(gradients.mean(axis=0) ** 2) - trace / n)
-
-
-def test_summary_of_variants_with_known_moments():
-    """Half the noise, and a mean turned by 60 degrees. Fixed seed."""
-    n, size = 500, 5
-    noise = np.random.default_rng(0).normal(0, 1, size=(n, size))
-    mean, turned = np.zeros((2, size))
-    mean[0], turned[:2] = 1, (0.5, 0.75**0.5)
-    none, other = variance.NO_BASELINE, variance.Variant("td", "linear", "old")
-    lost = variance.Variant("q", "linear", "old")
-    samples = {none: mean + noise, lost: noise, other: turned + noise / 4, variance.REFERENCE: mean + noise / 2}
-    rows = {variance.Variant(*(row[name] for name in variance.Variant._fields)): row for row in variance.summary(samples)}
-    # Paired resampling: a ratio that is equal for all batches has no interval
-    assert rows[variance.REFERENCE]["relative_variance"] == [0.25] * 3 and rows[none]["relative_variance"] == [1] * 3
-    assert rows[none]["variance"] == pytest.approx(size, rel=0.1)
-    for variant, snr in ((none, 1 / 5), (variance.REFERENCE, 4 / 5), (other, 16 / 5)):
-        value, low, high = rows[variant]["snr"]
-        assert low < value < high and low < snr < high
-    value, low, high = rows[other]["cosine"]
-    assert low < value < high < low + 0.2 and value == pytest.approx(0.5, abs=0.05)
-    assert rows[variance.REFERENCE]["cosine"] is None and rows[lost]["cosine"] is None
-
-
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_gradients_per_episode(env_id: str):
-    model = REINFORCE("MlpPolicy", env_id, n_steps=None, n_episodes=2, max_episode_steps=20, policy_kwargs=dict(net_arch=[3]))
-    model.learn(1)
-    before = [parameter.clone() for parameter in model.policy.parameters()]
-    seen = []
-    for buffer in variance.batches(model, 2):
-        seen.append(buffer.rewards.copy())
-        weights = np.random.default_rng(0).normal(size=(2, buffer.size()))
-        found = variance.gradients(model, list(weights))
-        expected = np.zeros_like(found)
-        observations, actions, *_ = next(buffer.get())
-        for t in range(buffer.size()):
-            action = actions[t : t + 1].flatten() if env_id == "CartPole-v1" else actions[t : t + 1]
-            log_prob = model.policy.get_distribution(observations[t : t + 1]).log_prob(action)
-            score = th.cat([part.flatten() for part in th.autograd.grad(log_prob.sum(), model.policy.parameters())])
-            expected += weights[:, t, None] * score.numpy() / 2
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
-    # The policy is not trained, and continues with other episodes
-    assert all(th.equal(one, other) for one, other in zip(before, model.policy.parameters(), strict=True))
-    assert len(seen[0]) != len(seen[1]) or not np.array_equal(*seen)

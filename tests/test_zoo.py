@@ -10,11 +10,9 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
-import huggingface_hub
 import huggingface_sb3
 import numpy as np
 import optuna
@@ -335,34 +333,6 @@ def test_plots_and_benchmark(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     plt.close("all")
     run(monkeypatch, "benchmark", "--no-hub", "-n", "1100")
     assert f"|reinforce|{ENV}|" in (folder / "benchmark.md").read_text()
-
-
-@pytest.mark.slow
-def test_hub(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """Upload to and download from a folder that replaces the hub."""
-    hub = folder / "the hub"
-
-    def download(repo_id: str, filename: str, **kwargs: Any) -> str:
-        if not (hub / filename).exists():
-            response = SimpleNamespace(headers={}, request=None)
-            raise huggingface_hub.errors.HfHubHTTPError(f"404: {filename}", response=response)  # type: ignore[arg-type]
-        return str(hub / filename)
-
-    def upload(self: Any, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
-        shutil.copytree(folder_path, hub)
-
-    monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    api = huggingface_hub.HfApi
-    monkeypatch.setattr(api, "create_repo", lambda self, **kwargs: "url")
-    monkeypatch.setattr(api, "snapshot_download", lambda self, local_dir, **kwargs: local_dir.mkdir(parents=True))
-    monkeypatch.setattr(api, "upload_folder", upload)
-    run(monkeypatch, "push_to_hub", "--env", ENV, "-orga", "someone", "--no-render")
-    assert "stable-baselines3" in (hub / "README.md").read_text()
-
-    run(monkeypatch, "load_from_hub", "--env", ENV, "-orga", "someone", "-f", "downloaded")
-    run(monkeypatch, "enjoy", "--env", ENV, "-f", "downloaded", "-n", "1100", "--no-render")
-    assert "Mean reward: " in capsys.readouterr().out
 
 
 # Hyperparameters

@@ -169,6 +169,10 @@ class MlpActor(Actor):
             else (None, None, self._ACTIVATIONS[type(module)])
             for module in (*policy.mlp_extractor.policy_net, policy.action_net)
         ]
+        # One-hot vectors select rows of the first weights
+        space: Any = policy.observation_space
+        is_one_hot = isinstance(space, (spaces.Discrete, spaces.MultiDiscrete))
+        self._first_rows = np.cumsum([0, *getattr(space, "nvec", [0])[:-1]]) if is_one_hot else None
         self._action_dist = policy.action_dist
         is_gaussian = isinstance(policy.action_dist, distributions.DiagGaussianDistribution)
         self._log_std = policy.log_std.detach().numpy()[None] if is_gaussian else None
@@ -185,7 +189,8 @@ class MlpActor(Actor):
             not overrides(policy, "forward", "get_distribution", "extract_features", "_get_action_dist_from_latent")
             and type(policy.action_dist) in (*_NOISE, distributions.StateDependentNoiseDistribution)
             and not (policy.squash_output or any(module._forward_hooks or module._forward_pre_hooks for module in modules))
-            and (policy.device.type == "cpu" and isinstance(space, spaces.Box) and not is_image_space(space))
+            and (policy.device.type == "cpu" and not isinstance(space, spaces.Dict) and not is_image_space(space))
+            and not (policy.use_sde and isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)))
             and (type(extractor) is FlattenExtractor and policy.pi_features_extractor is extractor)
             and type(policy.mlp_extractor) is MlpExtractor
             and all(
@@ -195,10 +200,15 @@ class MlpActor(Actor):
         )
 
     def _sample(self, observations: Any) -> np.ndarray:
-        x = observations if observations.ndim == 2 else observations.reshape(len(observations), -1)
-        x = x.astype(np.float32, copy=False) if self._normalizer is None else self._normalize(x)
-        latent = x
-        for weight, bias, activate in self._layers:
+        x = latent = observations if observations.ndim == 2 else observations.reshape(len(observations), -1)
+        layers = iter(self._layers)
+        if self._first_rows is not None:
+            weight, bias, _ = next(layers)
+            x = weight[x[:, 0]] if x.shape[1] == 1 else weight[x + self._first_rows].sum(axis=1)
+            x += bias
+        else:
+            x = latent = x.astype(np.float32, copy=False) if self._normalizer is None else self._normalize(x)
+        for weight, bias, activate in layers:
             if activate is None:
                 latent, x = x, x.dot(weight)
                 x += bias
@@ -210,7 +220,6 @@ class MlpActor(Actor):
 
     def _normalize(self, observations: np.ndarray) -> np.ndarray:
         mean, var = self._statistics
-        # In-place changes increase the versions
         if mean._version + var._version != self._version:
             self._version = mean._version + var._version
             self._mean, self._std = mean.numpy().reshape(1, -1), th.sqrt(var + self._normalizer.eps).numpy().reshape(1, -1)

@@ -100,7 +100,7 @@ class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
             info["TimeLimit.truncated"] = truncated and not terminated
             if terminated or truncated:
                 # reset() may reuse the memory of the observation
-                info["terminal_observation"] = obs if schedule is None else deepcopy(obs)
+                info["terminal_observation"] = obs if schedule is None else _copy(obs)
                 if schedule is None:
                     obs = self._reset_env(env_idx)
                 elif schedule.end_episode(env_idx) or self.steps_idle_envs:
@@ -155,8 +155,11 @@ class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
         return dict_to_obs(self.observation_space, OrderedDict((key, self.buf_obs[key].copy()) for key in self.keys))
 
 
-def _copy(info: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if type(value) in _ATOMIC else deepcopy(value) for key, value in info.items()}
+def _copy(value: Any) -> Any:
+    """Copy like deepcopy(), which is slow."""
+    if (kind := type(value)) is dict:
+        return {key: item if type(item) in _ATOMIC else _copy(item) for key, item in value.items()}
+    return value.copy() if kind is np.ndarray and value.dtype.kind != "O" else deepcopy(value)
 
 
 def idle_info(info: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_reinforce import REINFORCE, returns
+from sb3_reinforce import REINFORCE
 
 ADVANTAGES = ["monte_carlo", "q", "advantage", "td"]
 
@@ -303,30 +303,3 @@ def test_gradients_have_the_mean_and_variance_of_theory(found, name, advantage):
     is_unbiased = advantage == "monte_carlo" or name == "exact"
     bias = deviations(gradients, name, advantage, truth)["mean"]
     assert bias < 5 if is_unbiased else bias > 10
-
-
-def step_numbers(buffer):
-    starts = np.flatnonzero(buffer.episode_starts)
-    return np.arange(buffer.size()) - np.repeat(starts, np.diff(np.append(starts, buffer.size())))
-
-
-#: Advantage function, case, statistic that shows the mistake, and the formula with the mistake
-MISTAKES = {
-    "monte_carlo_advantages": ("monte_carlo", "wrong", "mean", lambda b: b.gamma ** step_numbers(b) * (b.returns - b.values)),
-    "action_advantages": ("advantage", "limit_wrong", "variance", lambda b: b.action_values),
-    "td_advantages": ("td", "wrong", "mean", lambda b: b.rewards + b.gamma * np.append(b.values[1:], 0.0) - b.values),
-}
-
-
-@pytest.mark.parametrize("function", MISTAKES)
-def test_a_mistake_in_a_formula_is_found(batches, function, monkeypatch):
-    """A discount of later steps, no value of the state, and the value of the next episode after an end."""
-    advantage, name, statistic, formula = MISTAKES[function]
-    monkeypatch.setattr(returns, function, lambda *args: formula(batches(name).model.rollout_buffer))
-    assert deviations(batches(name).gradients(advantage), name, advantage)[statistic] > 10
-
-
-@pytest.mark.parametrize("advantage", ["monte_carlo", "td"])
-@pytest.mark.parametrize("name, other", [("limit_wrong", "limit_is_an_end"), ("limit_is_an_end", "limit_wrong")])
-def test_the_opposite_of_bootstrap_timeouts_is_found(found, name, other, advantage):
-    assert deviations(found(name, advantage), other, advantage)["mean"] > 10
