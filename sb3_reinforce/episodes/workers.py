@@ -70,7 +70,7 @@ class Workers:
     def close(self) -> None:
         """Stop the processes, which close their environments if a step ends in time. A given executor keeps running."""
         if self._n_processes is not None:
-            processes, deadline = [*(self._executor._processes or {}).values()], time.monotonic() + 1.5
+            processes, deadline = [*(self._executor._processes or {}).values()], time.monotonic() + 1
             self._executor.shutdown(wait=False)
             for process in processes:
                 process.terminate()
