@@ -32,7 +32,7 @@ def check_hyperparameters(model: Any) -> None:
     unused += [name for name in ("optimizer_class", "optimizer_kwargs") if name in model.policy_kwargs]
     if target_kl is not None and unused:
         warnings.warn(
-            f"{' and '.join(unused)} of no effect: target_kl sets the length of steps, unless it is None", stacklevel=5
+            f"{' and '.join(unused)} of no effect: target_kl sets the length of steps, unless it is None", stacklevel=4
         )
     is_step = target_kl in (None, "auto") or callable(target_kl) or (is_real(target_kl) and target_kl > 0)
     check("target_kl", is_step, "'auto', a schedule, or finite and above 0, or None for the optimizer's step")
