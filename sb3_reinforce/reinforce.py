@@ -110,7 +110,7 @@ class REINFORCE(EpisodicAlgorithm):
         gamma: float = 0.99,
         ent_coef: float = 0.0,
         target_kl: float | Schedule | Literal["auto"] | None = "auto",
-        cg_max_steps: int = 5,
+        cg_max_steps: int = 15,
         cg_damping: float | Literal["auto"] = "auto",
         use_sde: bool = False,
         sde_sample_freq: int = -1,

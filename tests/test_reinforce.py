@@ -174,7 +174,7 @@ def test_equals_the_articles_algorithm(advantage: Any):
 def test_algorithm_defaults():
     model: Any = REINFORCE("MlpPolicy", LANDER)
     assert (model.n_steps, model.n_episodes, model.gamma) == (1000, 5, 0.99)
-    assert (model.target_kl, model.cg_max_steps, model.cg_damping) == ("auto", 5, "auto")
+    assert (model.target_kl, model.cg_max_steps, model.cg_damping) == ("auto", 15, "auto")
     assert (model.learning_rate, model.ent_coef, model.normalize_advantage) == (1e-3, 0.0, True)
     assert (model.baseline, model.baseline_memory) == ("random_features", 0.6)
     assert (model.bootstrap_timeouts, model.normalize_observations) == (False, True)
