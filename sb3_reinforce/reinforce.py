@@ -264,7 +264,7 @@ class REINFORCE(EpisodicAlgorithm):
                         _, log_prob, entropy = policy.evaluate_actions(batch.observations, actions)
                     else:
                         distribution, _ = policy.evaluate_observations(batch.observations)
-                        space = None if self.target_kl is None else self.action_space
+                        space = None if self.target_kl is None else self.action_space  # None: the textbook's algorithm
                         log_prob, entropy = returns.log_prob(distribution, actions, space), distribution.entropy()
                     policy_gradient_loss = returns.policy_gradient_loss(log_prob, batch.advantages)
                     entropy_loss = returns.entropy_loss(log_prob, entropy)

@@ -774,7 +774,7 @@ def test_advantages_that_are_rounding_teach_nothing(scale: float, normalize_adva
 def test_a_standard_deviation_stays_above_the_rounding_of_float32():
     env = RandomEnv(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)), 5)
     model = REINFORCE("MlpPolicy", env, n_steps=20, seed=0, policy_kwargs=dict(log_std_init=-16.5)).learn(50)
-    assert np.exp(model.policy.log_std.detach().numpy()) == pytest.approx(np.finfo(np.float32).eps, rel=0.5)
+    assert np.exp(model.policy.log_std.detach().numpy()).min() > 0.99 * np.finfo(np.float32).eps
 
 
 def test_hooks_see_the_gradient_of_the_loss_and_each_step():

@@ -220,7 +220,7 @@ class MlpActor(Actor):
 
     def _normalize(self, observations: np.ndarray) -> np.ndarray:
         mean, var = self._statistics
-        if mean._version + var._version != self._version:
+        if mean._version + var._version != self._version:  # increased by in-place changes
             self._version = mean._version + var._version
             self._mean, self._std = mean.numpy().reshape(1, -1), th.sqrt(var + self._normalizer.eps).numpy().reshape(1, -1)
             self._mean32, self._std32 = self._mean.astype(np.float32), self._std.astype(np.float32)

@@ -54,7 +54,7 @@ def collect_episodes(
 
         callback.update_locals(locals())
         continue_training = callback.on_step()
-        if model.env is env:
+        if model.env is env:  # another one, set by the callback, begins with a reset
             model._last_obs = new_obs
         if not continue_training:
             return False

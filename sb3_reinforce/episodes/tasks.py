@@ -60,7 +60,7 @@ def _torch_settings() -> tuple[int, str, bool]:
 
 #: Configuration and environment that this thread used last, with their names
 _LATEST = threading.local()
-_STOP = threading.Event()
+_STOP = threading.Event()  # set when episodes must end
 
 
 def run_episodes(config_name: str, content: bytes, numbers: range) -> tuple[list[Episode], Exception | None]:
