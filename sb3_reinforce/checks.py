@@ -31,9 +31,7 @@ def check_hyperparameters(model: Any) -> None:
     unused = [] if rate == DEFAULT_RATE else ["learning_rate"]
     unused += [name for name in ("optimizer_class", "optimizer_kwargs") if name in model.policy_kwargs]
     if target_kl is not None and unused:
-        warnings.warn(
-            f"{' and '.join(unused)} of no effect: target_kl sets the length of steps, unless it is None", stacklevel=4
-        )
+        warnings.warn(f"{' and '.join(unused)} of no effect: target_kl sets steps, unless it is None", stacklevel=4)
     is_step = target_kl in (None, "auto") or callable(target_kl) or (is_real(target_kl) and target_kl > 0)
     check("target_kl", is_step, "'auto', a schedule, or finite and above 0, or None for the optimizer's step")
     check("cg_max_steps", is_integer(model.cg_max_steps), "an integer of at least 1")

@@ -134,7 +134,11 @@ class REINFORCE(EpisodicAlgorithm):
         workers: int | Executor | None = None,
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
+        **unsupported: Any,
     ):
+        if unsupported:
+            names = ", ".join(map(repr, unsupported))
+            raise TypeError(f"REINFORCE has no argument {names}. docs/migration.md maps those of A2C, PPO and TRPO")
         kwargs: dict[str, Any] = dict(gamma=gamma, ent_coef=ent_coef, use_sde=use_sde, sde_sample_freq=sde_sample_freq)
         kwargs |= dict(rollout_buffer_class=rollout_buffer_class, rollout_buffer_kwargs=rollout_buffer_kwargs, workers=workers)
         kwargs |= dict(stats_window_size=stats_window_size, tensorboard_log=tensorboard_log, policy_kwargs=policy_kwargs)

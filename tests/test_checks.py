@@ -1,6 +1,7 @@
 """Validation of hyperparameters, spaces, policies and model files. Errors name the argument, its value and the remedy."""
 
 import functools
+import inspect
 import io
 import json
 import re
@@ -13,8 +14,9 @@ import pytest
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sb3_contrib import TRPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
-from stable_baselines3 import A2C
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
@@ -90,10 +92,13 @@ def test_numbers_of_numpy_are_accepted(dtype: type):
     assert REINFORCE("MlpPolicy", ScriptedEnv([4]), **kwargs).learn(1)._n_updates == 1
 
 
-@pytest.mark.parametrize("argument", ["gae_lambda", "vf_coef", "max_grad_norm", "use_rms_prop"])
-def test_arguments_of_a2c_without_a_meaning_are_type_errors(argument: str):
-    with pytest.raises(TypeError, match=argument):
-        REINFORCE("MlpPolicy", ScriptedEnv([4]), **{argument: 1.0})  # type: ignore[arg-type]
+@pytest.mark.parametrize("cls", [A2C, PPO, TRPO])
+def test_arguments_without_a_meaning_are_type_errors_that_name_the_page_which_lists_them(cls: Any):
+    page = (Path(__file__).parents[1] / "docs" / "migration.md").read_text()
+    for name in inspect.signature(cls).parameters.keys() - inspect.signature(REINFORCE).parameters.keys():
+        with pytest.raises(TypeError, match=f"'{name}'.* docs/migration.md"):
+            REINFORCE("MlpPolicy", ScriptedEnv([4]), **{name: 1.0})
+        assert f"`{name}" in page
 
 
 def test_no_environment_is_refused_unless_the_model_is_set_up_later():

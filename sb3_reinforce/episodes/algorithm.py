@@ -60,8 +60,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         super().__init__(policy, None, gae_lambda=1.0, vf_coef=0.0, max_grad_norm=math.inf, **kwargs)  # type: ignore[arg-type]
         check_policy_class(self.policy_class)
         self.n_episodes, self.max_episode_steps = n_episodes, max_episode_steps
-        self.bootstrap_timeouts, self.seed_episodes = bootstrap_timeouts, seed_episodes
-        self.workers = workers
+        self.bootstrap_timeouts, self.seed_episodes, self.workers = bootstrap_timeouts, seed_episodes, workers
         self.file_format = FILE_FORMAT
         #: Identity of the run: its checkpoints carry it, and a model that begins anew gets another one
         self.run_id = uuid.uuid4().hex[:8]
@@ -77,8 +76,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         self._rollout_end: float | None = None
         if env is not None:
             self.env = wrap_env(env, max_episode_steps, self.verbose)
-            self.observation_space = self.env.observation_space
-            self.action_space = self.env.action_space
+            self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
             self.n_envs = self.env.num_envs
             self._vec_normalize_env = unwrap_vec_normalize(self.env)
             check_spaces(self, policy)
@@ -225,7 +223,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfEpisodicAlgorithm:
-        """Return a trained model, see SB3. ``tb_log_name`` is the name of the class by default."""
+        """Return a trained model, see SB3. The last batch is finished: it can end after ``total_timesteps``."""
         tb_log_name, reset = tb_log_name or type(self).__name__, reset_num_timesteps
         total_timesteps, callback = self._setup_learn(total_timesteps, callback, reset, tb_log_name, progress_bar)
         iteration = self._n_iterations

@@ -36,9 +36,8 @@ def pack_config(model: Any) -> bytes:
     """Pickle what workers need of a model to run the episodes of one batch, with the policy on the CPU."""
     env, policy = model.env.unwrapped, copy(getattr(model.policy, "_orig_mod", model.policy))
     policy.__dict__.pop("optimizer", None)
-    config = SimpleNamespace(policy=policy, env_seed=model.seed, noise_seed=model.run_seed)
-    config.sde_sample_freq, config.torch_settings = model.sde_sample_freq, _torch_settings()
-    config.seed_episodes = model.seed_episodes
+    config = SimpleNamespace(policy=policy, env_seed=model.seed, noise_seed=model.run_seed, torch_settings=_torch_settings())
+    config.sde_sample_freq, config.seed_episodes = model.sde_sample_freq, model.seed_episodes
     # A worker keeps its environment until this name changes
     config.env_name, config.env, config.max_episode_steps = env.name, env.maker, env.max_episode_steps
     config.observation_space, config.action_space = model.env.observation_space, model.env.action_space
