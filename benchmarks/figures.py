@@ -9,6 +9,7 @@ reinforcement learning at the edge of the statistical precipice"). For a single 
 ordinary bootstrap.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,21 +27,22 @@ LANDER = "LunarLanderContinuous-v3"
 SOLVED = 200.0
 #: Color of each algorithm in the learning curves
 COLORS = {
-    "reinforce": "tab:blue",
-    "defaults": "tab:cyan",
+    "defaults": "tab:blue",
+    "reinforce": "tab:cyan",
+    "reinforce-300k": "tab:cyan",
     "trpo": "tab:red",
     "a2c": "tab:brown",
-    "race-workers": "tab:purple",
-    "race-envpool": "tab:green",
+    "final-trpo": "tab:red",
+    "final-ppo": "tab:orange",
+    "race-defaults": "tab:blue",
+    "race-reinforce": "tab:cyan",
     "race-trpo": "tab:red",
     "race-ppo": "tab:orange",
     "race-a2c": "tab:brown",
     "race-tianshou": "tab:gray",
 }
-#: Labels that differ from the name of the folder
-LABELS = {"race-workers": "reinforce, workers=2 (two cores)", "race-envpool": "reinforce on EnvPool"}
-#: Runs without comparable timings, because other processes ran at the same time
-STEPS_ONLY = ("race-a2c", "race-tianshou")
+#: On the lander, runs that took turns on one core, until 200. All others have no comparable timings
+IN_TURN = ("race-defaults", "race-reinforce", "race-trpo", "race-ppo")
 
 
 class Group(NamedTuple):
@@ -97,9 +99,8 @@ MUJOCO: dict[str, tuple[float, float | None, float | None]] = {
 BESIDE = {"HalfCheetah": "reinforce", "Hopper": "reinforce", "Swimmer": "gamma-0.9999"}
 #: Rows of the table of peers, by name in the race: label, and folder with the final returns
 PEERS = {
-    "reinforce": ("REINFORCE", "reinforce-300k"),
-    "workers": ("REINFORCE, `workers=2`", "final-workers"),
-    "envpool": ("REINFORCE on EnvPool", "final-envpool"),
+    "defaults": ("REINFORCE, defaults", "defaults"),
+    "reinforce": ("REINFORCE, `reinforce.yml`", "reinforce-300k"),
     "trpo": ("TRPO", "final-trpo"),
     "ppo": ("PPO", "final-ppo"),
     "a2c": ("A2C", "race-a2c"),
@@ -112,9 +113,9 @@ def read(env_id: str, name: str) -> list[dict[str, Any]]:
     return read_folder(FOLDER / env_id / name)
 
 
-def solved_at(run: dict[str, Any], what: str) -> float:
-    """Return the steps or seconds until an evaluation first reaches 200, or infinity."""
-    return min((point[what] for point in run["evaluations"] if point["mean_return"] >= SOLVED), default=np.inf)
+def reached_at(run: dict[str, Any], what: str, threshold: float = SOLVED) -> float:
+    """Return the steps or seconds until an evaluation first reaches a threshold, or infinity."""
+    return min((point[what] for point in run["evaluations"] if point["mean_return"] >= threshold), default=np.inf)
 
 
 def finals(env_id: str, name: str) -> np.ndarray:
@@ -150,7 +151,7 @@ def race(name: str) -> Race | None:
     """Summarize the runs of an algorithm in the race, in turn with others on one core; None if there are none."""
     if not (runs := read(LANDER, f"race-{name}")):
         return None
-    seconds, steps = (np.array([solved_at(run, what) for run in runs]) for what in ("seconds", "steps"))
+    seconds, steps = (np.array([reached_at(run, what) for run in runs]) for what in ("seconds", "steps"))
     return Race(float(np.median(seconds)), float(np.median(steps)), int(np.isfinite(steps).sum()), len(runs))
 
 
@@ -269,11 +270,14 @@ def curves(env_id: str, path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, constrained_layout=True)
     for name, runs in runs_of.items():
         for axes, what in zip(panels, ("steps", "seconds"), strict=True):
-            if runs and not (what == "seconds" and name in STEPS_ONLY):
-                band(axes, runs, what, COLORS[name], LABELS.get(name, name.removeprefix("race-")))
+            # A2C and Tianshou have no other runs
+            is_shown = env_id != LANDER or (what == "seconds") == (name in IN_TURN)
+            if runs and is_shown:
+                band(axes, runs, what, COLORS[name], re.sub("^(race|final)-|-300k$", "", name))
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
     panels[0].set_xlim(left=0)
-    panels[1].set(xlabel="seconds of training, one core", xscale="log")
+    seconds = ", until the first evaluation of 200" if env_id == LANDER else ""
+    panels[1].set(xlabel=f"seconds of training, one core{seconds}", xscale="log")
     panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panels[1].xaxis.set_minor_formatter(NullFormatter())
@@ -309,76 +313,64 @@ def group_curves(group: Group) -> None:
     figure.savefig(IMAGES / f"{group.page.stem}.png", dpi=100)
 
 
-def below_after_pass(run: dict[str, Any], steps: int = 50_000) -> list[bool]:
-    """Check whether evaluations are below 200, starting ``steps`` steps after the first one that reaches 200."""
-    start = solved_at(run, "steps") + steps
-    return [point["mean_return"] < SOLVED for point in run["evaluations"] if point["steps"] >= start]
-
-
 def headline() -> str:
     """Generate the summary of learning performance in the README."""
     lines = []
-    for name in ("reinforce-300k", "reinforce"):
-        runs = [run for run in read(LANDER, name) if run["final_returns"]]
-        if not runs:
+    for name, label in (("defaults", "Defaults"), ("reinforce-300k", "`reinforce.yml`")):
+        if not (runs := [run for run in read(LANDER, name) if run["final_returns"]]):
             continue
-        returns = finals(LANDER, name)
-        steps = np.median([run["timesteps"] for run in runs])
+        returns, first = finals(LANDER, name), np.array([reached_at(run, "steps") for run in runs])
+        millions = np.median([run["timesteps"] for run in runs]) / 1e6
         lines.append(
-            f"- After {steps / 1e6:.1f} million steps, {np.sum(returns >= SOLVED)} of {len(returns)} seeds return 200 or "
-            f"more: IQM {score(returns)}, worst {returns.min():.0f} (100 deterministic episodes per final policy)."
+            f"- {label}, {millions:.1f} million steps: {np.sum(returns >= SOLVED)} of {len(returns)} seeds return 200 or "
+            f"more, IQM {score(returns)}, worst {returns.min():.0f}, best {returns.max():.0f}. The median seed first passes "
+            f"200 after {np.median(first):,.0f} steps, the first after {first.min():,.0f}, and the last after "
+            f"{first.max():,.0f}."
         )
-    first = read(LANDER, "reinforce")
-    steps = np.array([solved_at(run, "steps") for run in first])
-    late = np.quantile(steps, 0.9, method="higher")
-    lines.append(f"- The median seed first passes 200 after {np.median(steps):,.0f} steps, nine of ten within {late:,.0f}.")
-    below = np.concatenate([below_after_pass(run) for run in first])
-    lines.append(
-        f"- Starting 50,000 steps after the first pass, {below.mean():.1%} of {len(below):,} evaluations are below 200."
+    races = {name: found for name in ("defaults", "reinforce", "trpo", "ppo") if (found := race(name)) is not None}
+    if "defaults" in races:
+        ours = races["defaults"].seconds
+        longer = [f"{name.upper()} {measured(races[name].seconds / ours, '.1f')}" for name in ("trpo", "ppo") if name in races]
+        lines.append(
+            f"- Median time to the first pass, relative to REINFORCE with its defaults, in turn on one core: "
+            f"{', '.join(longer)}. TRPO and PPO use RL Zoo's hyperparameters and budgets; a run that never passes counts as "
+            "infinite."
+        )
+    return "\n".join(
+        [f"{LANDER}, seeds that were not used for tuning, 100 deterministic episodes per final policy:", "", *lines]
     )
-    races = {name: found for name in ("reinforce", "trpo", "ppo") if (found := race(name)) is not None}
-    if "reinforce" in races:
-        ours = races["reinforce"].seconds
-        texts = []
-        for name, found in races.items():
-            way = f"{found.seconds:.1f} seconds and {found.steps:,.0f} steps"
-            longer = "" if name == "reinforce" else f", {found.seconds / ours:.1f} times as long"
-            is_late = found.seconds == np.inf
-            texts.append(
-                f"{name.upper()} {'never passes' if is_late else way} ({found.passed} seeds{'' if is_late else longer})"
-            )
-        lines.append(
-            f"- Median cost of the first pass, measured in turn on one core: {'; '.join(texts)}. TRPO and PPO use RL Zoo's "
-            "hyperparameters and budgets; a seed that never passes counts as infinite."
-        )
-    return "\n".join([f"On {LANDER}, with {len(first)} seeds that were not used for tuning:", "", *lines])
+
+
+def stops() -> str:
+    """Describe the length of `make train`, which has the hyperparameters of reinforce.yml."""
+    steps = [reached_at(run, "steps", 250.0) for run in read(LANDER, "reinforce-300k")]
+    return (
+        f"It stops when an evaluation reaches a mean return of 250: after {min(steps):,.0f} to {max(steps):,.0f} steps with "
+        f"{len(steps)} seeds, with a median of {np.median(steps):,.0f}. The number depends on seed and processor."
+    )
 
 
 def peers() -> str:
-    """Create a table of steps and seconds to a return of 200, final returns and the probability of improvement."""
+    """Create a table of steps and seconds to a return of 200, and of final returns."""
     rows: list[tuple[Any, ...]] = []
-    ours = PEERS["reinforce"][1]
     for name, (label, folder) in PEERS.items():
         way = "not measured | |"
         if (found := race(name)) is not None:
             way = f"{measured(found.steps, ',.0f')} | {measured(found.seconds, '.1f')} | {found.passed}"
-        final, runs, returns = "not measured | |", read(LANDER, folder), finals(LANDER, folder)
+        final, runs, returns = "not measured |", read(LANDER, folder), finals(LANDER, folder)
         # Races only have final returns of runs that never pass: a score of some runs would be biased
         if runs and len(returns) == len(runs):
-            is_ours = folder == ours
-            better = "" if is_ours else where_figures.better(finals(LANDER, ours), returns)
             millions = np.median([run["timesteps"] for run in runs]) / 1e6
-            final = f"{score(returns, bold='**' * is_ours)}, {len(runs)} seeds | {millions:.1f} M | {better}"
+            final = f"{score(returns)} | {millions:.1f} M, {len(runs)}"
         rows.append((label, way, final))
     return markdown(
         [
             "algorithm",
             "steps to 200",
-            "seconds to 200",
-            "solved",
-            "final return: IQM [95% interval]",
-            "training steps",
-            "REINFORCE is better",
+            "seconds",
+            "passed",
+            "final return",
+            "after, seeds",
         ],
         rows,
     )
@@ -425,6 +417,7 @@ def main() -> None:
     fill(PAGE, "mujoco", mujoco())
     fill(PAGE, "beside", beside())
     fill(README, "headline", headline())
+    fill(README, "stops", stops())
     fill(README, "peers", peers())
     print(f"{table()}\n\n{headline()}")
     for group in filter(group_envs, GROUPS):

@@ -24,7 +24,10 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
     monkeypatch.setattr(where_figures, "IMAGES", tmp_path)
     pages = dict(
-        README=("headline", "peers"), PAGE=("learning", "commands", "mujoco", "beside"), ADVANTAGES=("advantages",), WHERE=()
+        README=("headline", "peers", "stops"),
+        PAGE=("learning", "commands", "mujoco", "beside"),
+        ADVANTAGES=("advantages",),
+        WHERE=(),
     )
     pages["WHERE"] = tuple(f"where-{task}" for task in where.TASKS)
     groups = [group._replace(page=tmp_path / group.page.name) for group in figures.GROUPS]
@@ -79,13 +82,13 @@ def test_algorithms_take_turns_and_runs_can_be_divided(results: Path, monkeypatc
     assert pieces["final_returns"] == whole["final_returns"] and short["final_returns"] == []
 
 
-def fake_run(name: str, seed: int, mean: float, first: int, below: int | None = None) -> None:
-    """Write a run whose evaluations are 200 from some step on, except for an optional one."""
+def fake_run(name: str, seed: int, mean: float, first: int, reached: float = 200.0) -> None:
+    """Write a run whose evaluations have reached a return from some step on."""
     evaluations = [
         dict(
             steps=steps,
             seconds=steps / 100_000,
-            mean_return=200.0 if steps >= first and steps != below else 0.0,
+            mean_return=reached if steps >= first else 0.0,
             training_return=0.0,
         )
         for steps in range(100_000, 1_000_001, 100_000)
@@ -99,8 +102,10 @@ def fake_run(name: str, seed: int, mean: float, first: int, below: int | None = 
 def test_figures_of_runs(results: Path):
     means = [100.0, 210, 220, 230, 240, 250, 260, 270]
     for seed, mean in enumerate(means):
-        fake_run("reinforce", seed, mean, 100_000 * (seed + 1), below=500_000 if seed == 0 else None)
-    fake_run("race-reinforce", 0, 250, 400_000)
+        fake_run("defaults", seed, mean, 100_000 * (seed + 1))
+    fake_run("reinforce-300k", 0, 260, 300_000, reached=260.0)
+    fake_run("reinforce-300k", 1, 260, 500_000, reached=260.0)
+    fake_run("race-defaults", 0, 250, 400_000)
     fake_run("race-ppo", 0, 250, 900_000)
     fake_run("race-ppo", 1, 250, 700_000)
     # Two of three seeds never pass
@@ -108,17 +113,14 @@ def test_figures_of_runs(results: Path):
         fake_run("race-trpo", seed, 100, 500_000 if seed == 0 else 2_000_000)
     figures.main()
     readme = (results / "README").read_text()
-    assert "After 1.0 million steps, 7 of 8 seeds return 200 or more: IQM 235 [" in readme
-    assert "worst 100 " in readme
-    assert "after 450,000 steps, nine of ten within 800,000" in readme
-    # From 9 evaluations of the first seed to 2 of the last one
-    assert "2.3% of 44 evaluations are below 200" in readme
-    assert "REINFORCE 4.0 seconds and 400,000 steps (1 of 1 seeds); TRPO never passes (1 of 3 seeds); PPO 8.0 " in readme
-    assert "PPO 8.0 seconds and 800,000 steps (2 of 2 seeds, 2.0 times as long)" in readme
-    assert "\n| TRPO | never | never | 1 of 3 | not measured | | |\n" in readme
-    assert "\n| PPO | 800,000 | 8.0 | 2 of 2 | not measured | | |\n" in readme
-    assert "\n| A2C | not measured | | | not measured | | |\n" in readme
-    assert f"| {figures.LANDER} | reinforce | 8 | 1 M | 235.0 [" in (results / "PAGE").read_text()
+    assert "- Defaults, 1.0 million steps: 7 of 8 seeds return 200 or more, IQM 235 [" in readme
+    assert "worst 100, best 270. The median seed first passes 200 after 450,000 steps, the first after 100,000, and" in readme
+    assert "relative to REINFORCE with its defaults, in turn on one core: TRPO never, PPO 2.0. " in readme
+    assert "after 300,000 to 500,000 steps with 2 seeds, with a median of 400,000" in readme
+    assert "\n| TRPO | never | never | 1 of 3 | not measured | |\n" in readme
+    assert "\n| PPO | 800,000 | 8.0 | 2 of 2 | not measured | |\n" in readme
+    assert "\n| A2C | not measured | | | not measured | |\n" in readme
+    assert f"| {figures.LANDER} | defaults | 8 | 1 M | 235.0 [" in (results / "PAGE").read_text()
     assert (results / f"learning_{figures.LANDER}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -144,7 +146,7 @@ def test_pages_contain_the_committed_results():
     names = ("soak", "throughput", "variance", "workers")
     results = {name: json.loads((common.RESULTS / f"{name}.json").read_text()) for name in names}
     filled = {
-        common.README: dict(headline=figures.headline(), peers=figures.peers()),
+        common.README: dict(headline=figures.headline(), peers=figures.peers(), stops=figures.stops()),
         common.ADVANTAGES: dict(
             advantages=figures.group_table(figures.GROUPS[0]), variance=variance.table(results["variance"])
         ),

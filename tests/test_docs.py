@@ -42,7 +42,7 @@ LINK = re.compile(r"\]\(([^()\s]+)\)")
 DIRECTIVE = re.compile(r"^```\{(?:image|include|figure)\} (\S+)", re.MULTILINE)
 #: Blocks filled by scripts in benchmarks/
 FILLED = {
-    "README.md": ["headline", "peers", "train"],
+    "README.md": ["headline", "peers", "stops"],
     "docs/advantages.md": ["advantages", "variance"],
     "docs/benchmarks.md": ["article", "beside", "league", "learning", "mujoco", "soak", "throughput"],
     "docs/scaling.md": ["paper", "workers"],
