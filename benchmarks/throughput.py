@@ -11,10 +11,13 @@ docs/benchmarks.md.
 """
 
 import argparse
+import resource
 import time
 import tracemalloc
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import gymnasium as gym
@@ -40,6 +43,8 @@ BANDIT = "bandit"
 BLACKJACK = "Blackjack-v1"
 #: Tasks on which both algorithms have the defaults of their constructors
 DEFAULTS = ("FrozenLake-v1", "Taxi-v4", BLACKJACK)
+#: Transitions per batch
+BATCHES = (2_000, 20_000, 200_000)
 STRING = ", from a string"
 GRADIENT = ", target_kl=None"
 OURS, ALONE, TIANSHOU = "REINFORCE", "environment alone", "Tianshou Reinforce"
@@ -237,6 +242,31 @@ def measure_passes(repeats: int) -> list[float]:
     return ratios
 
 
+def measure_batch(n_steps: int) -> tuple[float, float]:
+    """Measure the processor seconds and the peak memory in bytes, per transition, of batches of CartPole-v1."""
+    th.set_num_threads(1)
+    model = REINFORCE("MlpPolicy", "CartPole-v1", n_steps=n_steps, seed=0, device="cpu", target_kl=1e-4)
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    _, callback = model._setup_learn(10**9)
+    before, started, n_transitions = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), 0
+    while n_transitions < 40_000:
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, n_steps)  # type: ignore[arg-type]
+        n_transitions += model.rollout_buffer.size()
+        model.train()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return (time.process_time() - started) / n_transitions, grown / model.rollout_buffer.size()
+
+
+def measure_batches(repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Measure batches of three sizes in turn, in a new process each: the peak memory of a process never falls."""
+    context, found = get_context("spawn"), defaultdict(list)
+    for _ in range(repeats):
+        for n_steps in BATCHES:
+            with context.Pool(1) as pool:
+                found[str(n_steps)].append(pool.apply(measure_batch, (n_steps,)))
+    return found
+
+
 def measure_returns(repeats: int) -> tuple[list[float], float]:
     """Measure the seconds and the relative peak memory of the returns and advantages of a million transitions."""
     rng = np.random.default_rng(0)
@@ -319,6 +349,11 @@ def table(result: dict[str, Any]) -> str:
         rows.insert(position + 1, ("the same, without the natural gradient", "", ratio(IMAGE_ENV, 8, OURS + GRADIENT, "A2C")))
     if TIANSHOU in speed[LANDER, "1"]:
         rows.insert(4, ("1 lander, times Tianshou's Reinforce", "", ratio(LANDER, 1, OURS, TIANSHOU)))
+    for what, unit, position, factor in (("processor time", "µs", 0, 1e6), ("peak memory", "kB", 1, 1e-3)):
+        for n_steps, measured in result.get("batches", {}).items():
+            size = f"batches of {int(n_steps):,} transitions on CartPole-v1"
+            value = factor * np.median(np.array(measured)[:, position])
+            rows.append((f"{size}: {what} per transition, {unit}", "", value))
     lines = [f"| {metric} | {target} | {value:.3g} |" for metric, target, value in rows]
     return "\n".join(["| metric | target | measured |", "| --- | --- | --- |", *lines])
 
@@ -366,6 +401,7 @@ def main() -> None:
         steps_per_second=rates,
         update_share=measure_update(arguments.repeats),
         update_passes=measure_passes(arguments.repeats),
+        batches=measure_batches(arguments.repeats),
         returns_seconds=returns_seconds,
         returns_memory=returns_memory,
         baseline_seconds=baseline_seconds,
