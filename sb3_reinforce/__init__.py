@@ -7,7 +7,7 @@ from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.tools.checkpoints import AtomicCheckpointCallback, newest_checkpoint, restore_evaluations
 from sb3_reinforce.tools.env_factory import EnvFactory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "REINFORCE",
