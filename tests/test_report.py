@@ -126,39 +126,23 @@ def test_a_page_contains_all_parts_of_a_run(runs: list[Path]):
     model = REINFORCE.load(runs[0] / "model")
     evaluations = np.load(runs[0] / "evaluations.npz")
     for text in (
-        f"{ENV}, seed 5",
-        "steps 2,345",
-        f"updates {model._n_updates}",
-        "mean return [95% interval] 110 [",
-        "worst and best 90, 130",
-        "episodes with at least 475 0%",
-        "mean length 110 steps",
-        f"{len(evaluations['timesteps'])} evaluations during training",
-        "duration 0:00:0",
+        f"{ENV}, seed 5 algorithm REINFORCE mean return [95% interval] 110 [",
+        f"steps 2,345 updates {model._n_updates} training episodes ",
         "stable-baselines3 2.3.4 machine Atari, 2 processors",
         "Settings that differ from the defaults of REINFORCE name value n_envs 2 n_steps 100 n_episodes None 25 settings",
-        "policy_class MlpPolicy",
-        "n_envs 2",
-        "gamma 0.99",
-        "target_kl 'auto'",
-        "stable-baselines3 2.3.4",
+        "policy_class MlpPolicy n_envs 2 learning_rate 0.001 n_steps 100 gamma 0.99",
+        "worst and best 90, 130 mean length 110 steps episodes with at least 475 0%",
+        f"{len(evaluations['timesteps'])} evaluations during training",
         "python examples/lunar_lander.py --seed 5 --threshold 475.0 --evaluation-episodes 3",
     ):
         assert text in page.text
     assert 'src="data:video/mp4;base64,bm8gcmVhbCB2aWRlbw=="' in page.html
     assert "Not in this report" not in page.text
-    titles = [label.partition(":")[0] for label in page.labels]
     # Discrete actions have no standard deviation
-    assert titles == [
-        "Return against steps",
-        "Video without sound",
-        "Entropy loss against steps",
-        "Divergence against steps",
-        "Explained variance against steps",
-        "Gradient signal against steps",
-        "Damping against steps",
-        "Episode length against steps",
-    ]
+    titles = (
+        "Return, Video without sound, Entropy loss, Divergence, Explained variance, Gradient signal, Damping, Episode length"
+    )
+    assert ", ".join(re.split(" against|:", label)[0] for label in page.labels) == titles
     returns = evaluations["results"].mean(axis=1)
     assert f"from {estimates.number(returns[0])} to {estimates.number(returns[-1])}, at best" in page.labels[0]
 
@@ -205,8 +189,7 @@ def test_damaged_parts_are_listed(runs: list[Path], content: bytes):
         read_run(runs[0])
     shutil.copy(runs[1] / "evaluations.npz", runs[0])
     page = Page(write_report(runs[:1]))
-    for what in PIECES.keys() - {EVALUATIONS, "Video", "Diagnostics"}:
-        assert f"{what}: " in page.text
+    assert all(f"{what}: " in page.text for what in PIECES.keys() - {EVALUATIONS, "Video", "Diagnostics"})
     np.savez(runs[1] / "evaluations.npz", timesteps=[1], results=[[1e308]])
     assert "numbers below" in read_run(runs[1]).missing[EVALUATIONS]
 
@@ -230,8 +213,8 @@ def test_a_killed_run_has_the_hyperparameters_of_its_newest_checkpoint(runs: lis
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "runs", "models"])
 def test_a_folder_without_a_run_is_an_error(runs: list[Path], name: str, capsys: pytest.CaptureFixture):
-    for folder in ("empty", "models"):
-        Path(folder).mkdir()
+    Path("empty").mkdir()
+    Path("models").mkdir()
     Path("models", "notes.zip").write_bytes(b"no model")
     with pytest.raises(SystemExit, match=f"^{name} is not a run: ") as error:
         report.main([str(runs[0]), name])
@@ -248,9 +231,11 @@ def test_several_runs_are_compared(runs: list[Path], capsys: pytest.CaptureFixtu
     means = [110.0] + [np.load(run / "evaluations.npz")["results"][-1].mean() for run in runs[1:]]
     low, high = sorted(map(estimates.number, means[:2]), key=float)
     # The bootstrap interval of two runs contains both
-    first = f"(1) {ENV} 2 {estimates.number(np.mean(means[:2]))} [{low}, {high}] {low}, {high} gamma=0.99 "
-    last = estimates.number(means[2])
-    assert f"{first}REINFORCE (2) {ENV} 1 {last} {last}, {last} gamma=0.9 " in page.text
+    for line in (
+        f"(1) {ENV} 2 {estimates.number(np.mean(means[:2]))} [{low}, {high}] {low}, {high} gamma=0.99 ",
+        f"(2) {ENV} 1 {estimates.number(means[2])} ",
+    ):
+        assert line in page.text
     for x in ("steps", "seconds"):
         assert f"Evaluations in {ENV} against {x}: REINFORCE (1), 2 seeds; REINFORCE (2), 1 seed" in page.labels
     for run, group, seed in zip(runs, "112", "567", strict=True):

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,7 +72,9 @@ def picture(
         labels = axes.get_legend_handles_labels()[1]
         if labels:
             # Above the axes, where it covers no curve
-            figure.legend(loc="outside upper left", ncols=2 if max(map(len, labels)) < 24 else 1, frameon=False)
+            columns = 2 if max(map(len, labels)) < 24 else 1
+            figure.legend(loc="outside upper left", ncols=columns, frameon=False)
+            figure.set_figheight(0.65 * width + 0.17 * math.ceil(len(labels) / columns))
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = re.sub(r' id="[\w.]+_\d+"', "", file.getvalue()).replace(INK, "currentColor")
