@@ -334,6 +334,7 @@ def test_a_run_that_reached_its_threshold_is_finished(runs: list[Path], a2c_runs
     assert read_run(runs[0]).is_finished
     (runs[0] / "result.json").unlink()
     assert read_run(runs[0]).is_finished is False
+    shutil.copy(a2c_runs[0] / f"{ENV}.zip", a2c_runs[1] / "best_model.zip")
     assert [read_run(folder).is_finished for folder in a2c_runs] == [True, False]
 
 
