@@ -291,7 +291,7 @@ def _read_model(run: Run) -> None:
     elif "run_seed" in run.model:
         run.seed = f"{run.model['run_seed']} (drawn)"
     run.versions = dict(re.findall(r"^- ([^:]+): (.*)$", info, re.MULTILINE))
-    # Without the version of the kernel
+    # Without the build of the kernel
     run.machine = run.versions["OS"].partition(" ")[0] if "OS" in run.versions else None
 
 
