@@ -208,7 +208,9 @@ def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: fl
     packages = ("sb3-reinforce", "stable-baselines3", "gymnasium", "torch", "numpy")
     versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}
     command = " ".join(["python", *sys.argv])
-    (folder / "result.json").write_text(json.dumps({"command": command, "versions": versions, **result}) + "\n")
+    machine = dict(platform=platform.platform(), processors=os.cpu_count())
+    saved = {"command": command, "versions": versions, "machine": machine, **result}
+    (folder / "result.json").write_text(json.dumps(saved) + "\n")
 
     returns, steps, seconds = np.array(result["returns"]), result["steps"], result["seconds"]
     training = f"{steps:,} steps, {seconds:.0f} s, {steps / seconds:,.0f} steps/s"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -101,8 +102,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (seed, gamma) in enumerate([(5, 0.99), (6, 0.99), (7, 0.9)], start=1):
         train(folder / f"{ENV}_{number}", seed, gamma=gamma)
     first = folder / f"{ENV}_1"
-    result = dict(command="python a.py", versions={"torch": "1.2.3"}, seed=5, steps=2345, seconds=1, returns=[90, 110, 130])
-    (first / "result.json").write_text(json.dumps({**result, "lengths": [90, 110, 130]}))
+    result = dict(versions={"stable-baselines3": "2.3.4"}, seed=5, steps=2345, seconds=1, returns=[90, 110, 130])
+    result |= dict(lengths=[90, 110, 130], machine=dict(platform="Atari", processors=2))
+    (first / "result.json").write_text(json.dumps(result))
     (first / "arguments.json").write_text(json.dumps(dict(seed=5, threshold=475.0, evaluation_episodes=3)))
     (first / "landing.mp4").write_bytes(b"no real video")
     # Not where the models say
@@ -124,35 +126,23 @@ def test_a_page_contains_all_parts_of_a_run(runs: list[Path]):
     model = REINFORCE.load(runs[0] / "model")
     evaluations = np.load(runs[0] / "evaluations.npz")
     for text in (
-        f"{ENV}, seed 5",
-        "steps 2,345",
-        f"updates {model._n_updates}",
-        "mean return [95% interval] 110 [",
-        "worst and best 90, 130",
-        "episodes with at least 475 0%",
-        "mean length 110 steps",
+        f"{ENV}, seed 5 algorithm REINFORCE mean return [95% interval] 110 [",
+        f"steps 2,345 updates {model._n_updates} training episodes ",
+        "stable-baselines3 2.3.4 machine Atari, 2 processors",
+        "Settings that differ from the defaults of REINFORCE name value n_envs 2 n_steps 100 n_episodes None 25 settings",
+        "policy_class MlpPolicy n_envs 2 learning_rate 0.001 n_steps 100 gamma 0.99",
+        "worst and best 90, 130 mean length 110 steps episodes with at least 475 0%",
         f"{len(evaluations['timesteps'])} evaluations during training",
-        "policy_class MlpPolicy",
-        "n_envs 2",
-        "gamma 0.99",
-        "target_kl 'auto'",
-        "torch 1.2.3",
         "python examples/lunar_lander.py --seed 5 --threshold 475.0 --evaluation-episodes 3",
     ):
         assert text in page.text
     assert 'src="data:video/mp4;base64,bm8gcmVhbCB2aWRlbw=="' in page.html
     assert "Not in this report" not in page.text
-    titles = [label.partition(":")[0] for label in page.labels]
     # Discrete actions have no standard deviation
-    assert titles == [
-        "Return against steps",
-        "Video without sound",
-        "Entropy loss against steps",
-        "Divergence against steps",
-        "Explained variance against steps",
-        "Gradient norm against steps",
-        "Time between rollouts against steps",
-    ]
+    titles = (
+        "Return, Video without sound, Entropy loss, Divergence, Explained variance, Gradient signal, Damping, Episode length"
+    )
+    assert ", ".join(re.split(" against|:", label)[0] for label in page.labels) == titles
     returns = evaluations["results"].mean(axis=1)
     assert f"from {estimates.number(returns[0])} to {estimates.number(returns[-1])}, at best" in page.labels[0]
 
@@ -187,7 +177,7 @@ def test_runs_with_different_missing_parts_are_compared(runs: list[Path]):
     for run, lacks in zip(runs, ("Hyperparameters", "Evaluations during training", "Diagnostics"), strict=True):
         spoil(PIECES[lacks][0], run, Path.unlink)
     text = Page(write_report(runs, "page.html")).text
-    for line in (f"A: {ENV}, policy_class=unknown", f"B: {ENV}, policy_class=MlpPolicy", f"{ENV}_2 B 6 ", "B 0 unknown"):
+    for line in ("unknown settings", "gamma=0.99", f"{ENV}_2 REINFORCE (2) 6 yes ", "last 100 training episodes"):
         assert line in text
 
 
@@ -199,8 +189,7 @@ def test_damaged_parts_are_listed(runs: list[Path], content: bytes):
         read_run(runs[0])
     shutil.copy(runs[1] / "evaluations.npz", runs[0])
     page = Page(write_report(runs[:1]))
-    for what in PIECES.keys() - {EVALUATIONS, "Video", "Diagnostics"}:
-        assert f"{what}: " in page.text
+    assert all(f"{what}: " in page.text for what in PIECES.keys() - {EVALUATIONS, "Video", "Diagnostics"})
     np.savez(runs[1] / "evaluations.npz", timesteps=[1], results=[[1e308]])
     assert "numbers below" in read_run(runs[1]).missing[EVALUATIONS]
 
@@ -224,8 +213,8 @@ def test_a_killed_run_has_the_hyperparameters_of_its_newest_checkpoint(runs: lis
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "runs", "models"])
 def test_a_folder_without_a_run_is_an_error(runs: list[Path], name: str, capsys: pytest.CaptureFixture):
-    for folder in ("empty", "models"):
-        Path(folder).mkdir()
+    Path("empty").mkdir()
+    Path("models").mkdir()
     Path("models", "notes.zip").write_bytes(b"no model")
     with pytest.raises(SystemExit, match=f"^{name} is not a run: ") as error:
         report.main([str(runs[0]), name])
@@ -241,15 +230,16 @@ def test_several_runs_are_compared(runs: list[Path], capsys: pytest.CaptureFixtu
     assert write_report([*runs, runs[0].resolve()], "again.html").read_bytes() == Path("report.html").read_bytes()
     means = [110.0] + [np.load(run / "evaluations.npz")["results"][-1].mean() for run in runs[1:]]
     low, high = sorted(map(estimates.number, means[:2]), key=float)
-    assert f"A: {ENV}, gamma=0.99 B: {ENV}, gamma=0.9 " in page.text
     # The bootstrap interval of two runs contains both
-    assert (
-        f"A 2 {estimates.number(np.mean(means[:2]))} [{low}, {high}] {low}, {high} B 1 {estimates.number(means[2])}"
-        in page.text
-    )
-    assert f"Evaluations in {ENV} against steps: A, 2 runs; B, 1 run" in page.labels
-    for run, group, seed in zip(runs, "AAB", "567", strict=True):
-        assert re.search(rf"{run.name} {group} {seed} [\d,]+ [\d.]+ \[", page.text)
+    for line in (
+        f"(1) {ENV} 2 {estimates.number(np.mean(means[:2]))} [{low}, {high}] {low}, {high} gamma=0.99 ",
+        f"(2) {ENV} 1 {estimates.number(means[2])} ",
+    ):
+        assert line in page.text
+    for x in ("steps", "seconds"):
+        assert f"Evaluations in {ENV} against {x}: REINFORCE (1), 2 seeds; REINFORCE (2), 1 seed" in page.labels
+    for run, group, seed in zip(runs, "112", "567", strict=True):
+        assert re.search(rf"{run.name} REINFORCE \({group}\) {seed} yes [\d,]+ \d+ [\d.]+ \[", page.text)
 
 
 def test_names_are_escaped(runs: list[Path]):
@@ -290,8 +280,10 @@ def zoo_run(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def write_zoo_files(folder: Path, command: str, **config: Any) -> None:
+def write_zoo_files(folder: Path, command: str, algo: str | None = None, **config: Any) -> None:
     (folder / ENV).mkdir(exist_ok=True)
+    if algo is not None:
+        (folder / ENV / "args.yml").write_text(yaml.dump(OrderedDict(algo=algo, seed=4, n_timesteps=600)))
     (folder / ENV / "command.txt").write_text(command)
     (folder / ENV / "config.yml").write_text(yaml.dump(OrderedDict(n_timesteps=1e6, policy="MlpPolicy", **config)))
 
@@ -301,8 +293,57 @@ def test_a_run_of_rl_zoo(zoo_run: Path):
     page = Page(write_report([zoo_run]))
     assert "sb3-reinforce train --env CartPole-v1 --seed 6" in page.text
     assert "env_kwargs max_episode_steps: 60" in page.text and "n_timesteps" not in page.text
-    assert "Gradient norm" in page.text and "PyTorch" in page.text
+    assert "Gradient signal" in page.text and "PyTorch" in page.text
     assert page.text.endswith("Not in this report Evaluation after training: no result.json Video: no *.mp4")
+
+
+@pytest.fixture
+def a2c_runs(zoo_run: Path) -> list[Path]:
+    """Two runs of A2C as RL Zoo writes them: a finished one, and one that was killed before it saved a model."""
+    folders = [Path("logs", "a2c", f"{ENV}_{number}") for number in (1, 2)]
+    A2C("MlpPolicy", make_vec_env(ENV, 2, monitor_dir=str(folders[0])), gamma=0.9).learn(600).save(folders[0] / ENV)
+    np.savez(folders[0] / "evaluations.npz", timesteps=[200, 600], results=[[10.0], [20.0]])
+    shutil.copytree(folders[0], folders[1], ignore=shutil.ignore_patterns("*.zip"))
+    np.savez(folders[1] / "evaluations.npz", timesteps=[200], results=[[900.0]])
+    spoil("*.csv", folders[1], lambda path: path.write_text("".join(path.read_text().splitlines(True)[:4])))
+    for folder in folders:
+        write_zoo_files(folder, "python -m sb3_reinforce train --algo a2c", "a2c", n_envs=2, gamma=0.9)
+    return folders
+
+
+def test_algorithms_are_compared_without_unfinished_runs(zoo_run: Path, a2c_runs: list[Path]):
+    page = Page(write_report([zoo_run, *a2c_runs], "page.html"))
+    assert page.text.startswith("REINFORCE, A2C: 3 runs")
+    for x in ("steps", "seconds"):
+        assert f"Evaluations in {ENV} against {x}: REINFORCE, 1 seed; A2C, 1 seed" in page.labels
+    assert f"A2C {ENV} 1 20 20, 20 same settings Unfinished runs" in page.text
+    assert re.search(rf"averaged: a2c/{ENV}_2: A2C, \d+ of 600 steps", page.text)
+    differ = "Settings that differ from the defaults of A2C name value n_envs 2 gamma 0.9 "
+    assert page.text.count(differ) == 2
+    # Without evaluations, training episodes are compared
+    (a2c_runs[0] / "evaluations.npz").unlink()
+    page = Page(write_report([zoo_run, *a2c_runs], "page.html"))
+    assert f"Training episodes in {ENV} against seconds: REINFORCE, 1 seed; A2C, 1 seed" in page.labels
+    last = estimates.number(read_run(a2c_runs[0]).episodes["r"].tail(100).mean())
+    assert f"A2C {ENV} 1 {last} {last}, {last} same settings" in page.text
+
+
+def test_a_run_that_reached_its_threshold_is_finished(runs: list[Path], a2c_runs: list[Path]):
+    (runs[0] / "arguments.json").write_text(json.dumps(dict(timesteps=9000)))
+    spoil("**/*.zip", runs[0], Path.unlink)
+    assert read_run(runs[0]).is_finished
+    (runs[0] / "result.json").unlink()
+    assert read_run(runs[0]).is_finished is False
+    shutil.copy(a2c_runs[0] / f"{ENV}.zip", a2c_runs[1] / "best_model.zip")
+    assert [read_run(folder).is_finished for folder in a2c_runs] == [True, False]
+
+
+@pytest.mark.parametrize("algorithm", [REINFORCE, A2C, PPO, DQN, SAC])
+def test_defaults_are_no_changed_settings(tmp_path: Path, algorithm: Any):
+    folder = tmp_path / algorithm.__name__.lower() / "run"
+    algorithm("MlpPolicy", "Pendulum-v1" if algorithm is SAC else ENV).save(folder / "model")
+    run = read_run(folder)
+    assert run.algorithm == algorithm.__name__ and run.changed == {} and "gamma" in run.settings
 
 
 @pytest.mark.parametrize(
@@ -359,7 +400,7 @@ def test_large_files_are_not_read(runs: list[Path]):
     for what in PIECES.keys() - {EVALUATIONS}:
         spoil(PIECES[what][0], runs[0], lambda path: os.truncate(path, 31_000_000))
     missing = read_run(runs[0]).missing
-    assert len(missing) == 6 and all(re.search(r"more than [\d,]+ bytes|too large", why) for why in missing.values())
+    assert len(missing) == 7 and all(re.search(r"more than [\d,]+ bytes|too large", why) for why in missing.values())
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])

@@ -3,6 +3,7 @@
 import argparse
 import base64
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,33 @@ def render(runs: Sequence[Run]) -> str:
     options: Any = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env = Environment(loader=PackageLoader("sb3_reinforce.tools.report", "."), extensions=["jinja2.ext.do"], **options)
     env.filters["base64"] = lambda path: base64.b64encode(read_file(path)).decode()
-    env.globals |= dict(count=count, draw_run=draw_run, estimate=estimate, interval=interval, number=number, np=np, zip=zip)
+    env.globals |= dict(
+        count=count, draw_run=draw_run, facts_of=facts_of, estimate=estimate, interval=interval, number=number, np=np, zip=zip
+    )
     groups = group_runs(runs) if len(runs) > 1 else []
     return env.get_template("report.html").render(runs=runs, groups=groups, pictures=draw_comparison(groups))
+
+
+def facts_of(run: Run) -> dict[str, str]:
+    """
+    Summarize a run.
+
+    :param run: run of the report
+    :return: name and text of each known fact
+    """
+    facts: dict[str, str | None] = {"algorithm": run.algorithm}
+    if run.final_returns is not None:
+        interval_ = interval(run.final_returns, np.mean)
+        facts["mean return [95% interval]"] = estimate(run.final_returns.mean(), interval_)
+    facts["steps"] = run.progress + (", unfinished" if run.is_finished is False else "")
+    facts["updates"] = None if run.updates is None else number(run.updates)
+    facts["training episodes"] = None if run.episodes is None else number(len(run.episodes))
+    facts["duration"] = None if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
+    versions = {name.lower(): version for name, version in run.versions.items()}
+    for package in ("sb3-reinforce", "stable-baselines3", "python"):
+        facts[package] = versions.get(package)
+    facts["machine"] = run.machine
+    return {name: text for name, text in facts.items() if text is not None}
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -41,9 +66,11 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     :raises ValueError: if a folder is not a run
     """
     runs = [read_run(folder) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
-    if len({run.name for run in runs}) < len(runs):
-        for run in runs:
-            run.name = str(run.folder)
+    # logs/a2c/CartPole-v1_1 and logs/ppo/CartPole-v1_1 have the same name
+    for names in ([run.folder.resolve().parts[-2:] for run in runs], [run.folder.parts for run in runs]):
+        if len({run.name for run in runs}) < len(runs):
+            for run, parts in zip(runs, names, strict=True):
+                run.name = str(Path(*parts))
     path = Path(output) if output is not None else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
     # File names and JSON may contain characters that cannot be encoded
     write_atomically(path, render(runs).encode(errors="replace"))

@@ -1,52 +1,54 @@
 """
-Reading of runs written by ``examples/lunar_lander.py`` or ``sb3-reinforce train``.
+Reading of runs written by ``examples/lunar_lander.py`` or RL Zoo.
 
 The folder may come from a stranger: links are not followed, a bounded part of each file is read, and no objects are unpickled.
 """
 
-import base64
 import io
 import itertools
 import json
 import os
-import pickletools
 import re
 import shlex
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from inspect import signature
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from gymnasium import registry
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_reinforce.episodes.checks import FILE_FORMAT
 from sb3_reinforce.reinforce import REINFORCE
-from sb3_reinforce.tools.report.estimates import interval
+from sb3_reinforce.tools.report.estimates import interval, number
+from sb3_reinforce.tools.report.settings import default_settings, find_algorithm, model_settings, read_config
 
-#: Arguments of REINFORCE that do not affect training, or are shown elsewhere in the report
-_NO_SETTINGS = ("policy", "seed", "tensorboard_log", "verbose", "device")
 #: Bytes of a file, of a text, and numbers of an array
 _MAX_BYTES, _MAX_TEXT, _MAX_NUMBERS = 30_000_000, 300_000, 100_000
 #: Plots fail with numbers near the limits of float64
 _MAX_VALUE = 1e30
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """Content of the folder of a run. Missing parts are None or empty, and listed in ``missing``."""
 
     folder: Path
     name: str
     env_id: str
+    #: Name of the class of the algorithm, or RL Zoo's name for it
+    algorithm: str = "unknown algorithm"
     seed: str = "unknown"
     steps: int | None = None
+    #: Argument of ``learn()``
+    total_timesteps: int | None = None
+    #: Whether a file shows that training has ended, possibly before ``total_timesteps``
+    has_ended: bool = False
     updates: int | None = None
+    #: Training episodes: return "r", length "l", "steps" and "seconds" at the end
     episodes: Any = None
     evaluations: dict[str, np.ndarray] | None = None
     #: Returns of the evaluation after training, or of the last evaluation during training
@@ -55,19 +57,40 @@ class Run:
     scalars: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
+    #: Settings other than the defaults of the algorithm
+    changed: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    #: Duration of training
+    seconds: float | None = None
+    machine: str | None = None
     command: str | None = None
     #: Mean return at which the environment is considered solved
     threshold: float | None = None
     videos: list[Path] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    #: Content of RL Zoo's ``args.yml`` and ``config.yml``
+    zoo_arguments: dict[str, str] = field(default_factory=dict)
+    zoo_config: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool | None:
+        """Whether training has ended or reached ``total_timesteps``; None if this is unknown."""
+        if self.has_ended:
+            return True
+        return None if self.total_timesteps is None or self.steps is None else self.steps >= self.total_timesteps
+
+    @property
+    def progress(self) -> str:
+        """Number of steps, and of how many if the run is unfinished."""
+        steps = "unknown" if self.steps is None else number(self.steps)
+        return f"{steps} of {number(self.total_timesteps)}" if self.is_finished is False and self.total_timesteps else steps
 
 
 def read_run(folder: str | Path) -> Run:
     """
     Read the folder of a run.
 
-    :param folder: folder written by ``examples/lunar_lander.py`` or ``sb3-reinforce train``
+    :param folder: folder written by ``examples/lunar_lander.py`` or RL Zoo, with any of its algorithms
     :return: content of the folder; ``missing`` lists missing and damaged parts
     :raises ValueError: if the folder is not a run
     """
@@ -79,7 +102,9 @@ def read_run(folder: str | Path) -> Run:
     readers: dict[str, Callable[[Run], None]] = {
         "Training episodes": _read_episodes,
         "Evaluations during training": _read_evaluations,
+        "Arguments": _read_arguments,
         "Hyperparameters": _read_model,
+        "Settings": _derive_settings,
         "Evaluation after training": _read_result,
         "Diagnostics": _read_scalars,
         "Command": _read_command,
@@ -96,7 +121,21 @@ def read_run(folder: str | Path) -> Run:
         inside = find_files(folder, f"*/*{Monitor.EXT}", "*/evaluations.npz")
         hint = f" (try {inside[0].parent})" if inside else ""
         raise ValueError(f"{folder} is not a run: it has no monitor files, evaluations, model or TensorBoard log{hint}")
+    _complete(run)
     return run
+
+
+def _complete(run: Run) -> None:
+    """Derive steps and seconds from several files."""
+    episodes, evaluations = run.episodes, run.evaluations
+    if run.steps is None:
+        ends = [curve["steps"].max() for curve in (episodes, evaluations) if curve is not None]
+        run.steps = int(max(ends)) if ends else None
+    if episodes is not None:
+        # Instead of the seconds in result.json, so that all algorithms are measured in the same way
+        run.seconds = float(episodes["seconds"].iloc[-1])
+        if evaluations is not None:
+            evaluations["seconds"] = np.interp(evaluations["steps"], episodes["steps"], episodes["seconds"])
 
 
 def find_files(folder: Path, *patterns: str) -> list[Path]:
@@ -173,7 +212,9 @@ def _read_episodes(run: Run) -> None:
     episodes = episodes[(episodes.abs() < _MAX_VALUE).all(axis=1)]
     if episodes.empty:
         raise ValueError("no finished episode")
-    run.episodes = episodes.assign(steps=episodes["l"].cumsum())
+    # Wall-clock time since the environments were created: includes evaluations, and pauses of resumed runs
+    seconds = episodes["t"] - min(header["t_start"] for header in headers)
+    run.episodes = episodes.assign(steps=episodes["l"].cumsum(), seconds=seconds)
 
 
 def _read_evaluations(run: Run) -> None:
@@ -190,67 +231,87 @@ def _read_evaluations(run: Run) -> None:
     run.evaluations = dict(steps=steps, results=results, mean=results.mean(axis=-1), low=low, high=high)
 
 
-def _read_model(run: Run) -> None:
-    """Read the latest model and RL Zoo's hyperparameters, without unpickling."""
+def _read_arguments(run: Run) -> None:
+    """Read the arguments of RL Zoo, or of the example."""
+    for path in find_files(run.folder, "*/args.yml"):
+        run.zoo_arguments = read_config(read_file(path, _MAX_TEXT).decode())
     for path in find_files(run.folder, "*/config.yml"):
-        run.settings = _read_config(read_file(path, _MAX_TEXT).decode())
-    models: list[tuple[int, int, dict[str, Any], str]] = []
+        run.zoo_config = read_config(read_file(path, _MAX_TEXT).decode())
+        # RL Zoo saves the model after training, also after Ctrl-C
+        is_saved = bool(find_files(run.folder, f"{path.parent.name}.zip"))
+        run.has_ended = is_saved and "StopTraining" in run.zoo_config.get("callback", "")
+    # logs/a2c/CartPole-v1_1
+    name = run.zoo_arguments.get("algo", "").strip("'") or run.folder.resolve().parent.name
+    total = run.zoo_arguments.get("n_timesteps")
+    if total is not None and float(total) < 0:
+        total = run.zoo_config.get("n_timesteps")
+    if find_files(run.folder, "arguments.json"):
+        name, total = "reinforce", _read_json(run, "arguments.json").get("timesteps")
+    known = find_algorithm(name)
+    if known is not None or "algo" in run.zoo_arguments:
+        run.algorithm = name[:40] if known is None else known.__name__
+    if total is not None:
+        run.total_timesteps = int(_numbers(total, 0))
+    run.seed = run.zoo_arguments.get("seed", run.seed)
+
+
+def _derive_settings(run: Run) -> None:
+    algorithm = find_algorithm(run.algorithm.lower())
+    own = model_settings(run.model, algorithm)
+    policy = run.zoo_config.get("policy", "").strip("'") or own.get("policy_class")
+    defaults = default_settings(algorithm, policy) if algorithm is not None and (own or run.zoo_config) else {}
+    # RL Zoo's text is shorter: lin_0.001 for a schedule
+    own |= {name: text for name, text in run.zoo_config.items() if name not in ("policy", "n_timesteps")}
+    run.settings = defaults | own
+    run.changed = {name: text for name, text in run.settings.items() if text != defaults.get(name)}
+    if run.settings and run.total_timesteps is not None:
+        run.settings["total_timesteps"] = str(run.total_timesteps)
+
+
+def _read_model(run: Run) -> None:
+    """Read the latest model, without unpickling."""
+    models: list[tuple[int, dict[str, Any], str, bool]] = []
     problem: Exception = ValueError("no model file")
     for path in find_files(run.folder, "*.zip", "checkpoints/*.zip"):
         try:
-            models.append(_read_model_file(path))
+            # Training continues after SB3's best_model.zip
+            models.append((*_read_model_file(path), path.name != "best_model.zip"))
         except Exception as error:
             problem = error
     if not models:
         raise problem
-    run.steps, run.updates, run.model, info = max(models, key=lambda model: model[0])
-    seed = run.model["seed"]
-    run.seed = str(seed) if seed is not None else f"{run.model['run_seed']} (drawn)"
+    steps, run.model, info, is_latest = max(models, key=lambda model: (model[0], model[-1]))
+    run.steps = steps if is_latest else None
+    run.updates = int(_numbers(run.model.get("_n_updates", 0), 0))
+    run.total_timesteps = int(_numbers(run.model["_total_timesteps"], 0))
+    if "file_format" in run.model:
+        run.algorithm = REINFORCE.__name__
+    if run.model["seed"] is not None:
+        run.seed = str(run.model["seed"])
+    elif "run_seed" in run.model:
+        run.seed = f"{run.model['run_seed']} (drawn)"
     run.versions = dict(re.findall(r"^- ([^:]+): (.*)$", info, re.MULTILINE))
-    names = [name for name in signature(REINFORCE).parameters if name in run.model and name not in _NO_SETTINGS]
-    own = {name: setting_text(run.model[name]) for name in ("policy_class", "n_envs", *names)}
-    run.settings = own | {name: text for name, text in run.settings.items() if name not in own}
+    # Without the build of the kernel
+    run.machine = run.versions["OS"].partition(" ")[0] if "OS" in run.versions else None
 
 
-def _read_config(text: str) -> dict[str, str]:
-    """Return the text of each of RL Zoo's hyperparameters, without creating objects: a few aliases may stand for many."""
-    pairs = yaml.compose(text, yaml.SafeLoader).value[0].value
-    values = {pair.value[0].value: text[pair.value[1].start_mark.index : pair.value[1].end_mark.index] for pair in pairs}
-    return {name: " ".join(value.split()) for name, value in values.items() if name not in ("policy", "n_timesteps")}
-
-
-def _read_model_file(path: Path) -> tuple[int, int, dict[str, Any], str]:
-    """Return the steps, the number of updates, the attributes that are not pickled, and the package versions."""
+def _read_model_file(path: Path) -> tuple[int, dict[str, Any], str]:
+    """Return the steps, the attributes that are not pickled, and the package versions."""
     with zipfile.ZipFile(io.BytesIO(read_file(path))) as archive:
         saved, info = json.loads(_unpack(archive, "data")), _unpack(archive, "system_info.txt").decode()
-    if saved["file_format"] != FILE_FORMAT:
-        raise ValueError(f"{path.name} holds a model of another algorithm, or of another version of REINFORCE")
-    return int(_numbers(saved["num_timesteps"], 0)), int(_numbers(saved["_n_updates"], 0)), saved, info
-
-
-def setting_text(value: Any) -> str:
-    """
-    Format a value of a model file.
-
-    :param value: value from the JSON of the model file
-    :return: ``repr`` of the value. For pickled values, the name of the class, or the type and its readable attributes
-    """
-    if not (isinstance(value, dict) and ":type:" in value):
-        return repr(value)
-    operations = pickletools.genops(base64.b64decode(value[":serialized:"]))
-    texts = [text for _, text, _ in itertools.islice(operations, 1000) if isinstance(text, str)]
-    if "__module__" in value and len(texts) == 2:
-        return texts[1]
-    inner = {name: item for name, item in value.items() if not name.startswith((":", "_"))}
-    kind = re.findall(r"\w+", value[":type:"])[-1]
-    return repr(inner) if kind == "dict" else f"{kind}({', '.join(f'{name}={item}' for name, item in inner.items())})"
+    if saved.get("file_format", FILE_FORMAT) != FILE_FORMAT:
+        raise ValueError(f"{path.name} holds a model of another version of REINFORCE")
+    return int(_numbers(saved["num_timesteps"], 0)), saved, info
 
 
 def _read_result(run: Run) -> None:
     result = _read_json(run, "result.json")
     returns, length = _numbers(result["returns"]), float(_numbers(result["lengths"]).mean())
     versions = {str(name): str(version) for name, version in result["versions"].items()}
-    run.steps, run.versions = int(_numbers(result["steps"], 0)), versions
+    seconds = float(_numbers(result["seconds"], 0))
+    machine = result.get("machine")
+    run.steps, run.versions, run.seconds, run.has_ended = int(_numbers(result["steps"], 0)), versions, seconds, True
+    run.machine = f"{machine['platform']}, {machine['processors']} processors" if machine else run.machine
     run.final_returns, run.mean_length = returns, length
 
 
