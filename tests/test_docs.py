@@ -241,6 +241,7 @@ def test_the_documentation_builds_without_warnings(tmp_path: Path):
         assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?:', page.read_text()), page.name
 
     assert (tmp_path / "lunar_lander.html").read_text().count("<img ") >= 10
+    assert "readthedocs.io/en/master/guide/callbacks.html#stable_baselines3" in (tmp_path / "api.html").read_text()
 
 
 @pytest.mark.slow
