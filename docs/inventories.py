@@ -16,7 +16,8 @@ PROJECTS: dict[str, tuple[str, dict[str, list[str]]]] = {
             "common/logger.html": ["stable_baselines3.common.logger.Logger"],
             "modules/a2c.html#stable_baselines3.a2c.MlpPolicy": ["stable_baselines3.common.policies.ActorCriticPolicy"],
             "guide/vec_envs.html#stable_baselines3.common.vec_env.VecEnv": [
-                "stable_baselines3.common.vec_env.base_vec_env.VecEnv"
+                "stable_baselines3.common.vec_env.base_vec_env.VecEnv",
+                "VecEnv",
             ],
             "guide/vec_envs.html#stable_baselines3.common.vec_env.VecNormalize": [
                 "stable_baselines3.common.vec_env.vec_normalize.VecNormalize"
