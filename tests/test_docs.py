@@ -45,7 +45,7 @@ FILLED = {
     "README.md": ["headline", "peers", "train"],
     "docs/advantages.md": ["advantages", "variance"],
     "docs/benchmarks.md": ["article", "beside", "league", "learning", "mujoco", "soak", "throughput"],
-    "docs/scaling.md": ["paper", "workers"],
+    "docs/scaling.md": ["paper", "threads", "workers"],
     "docs/step.md": ["step-table"],
     "docs/where.md": [f"where-{task}" for task in TASKS],
 }
