@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test test-lowest test-extras slow docs dist smoke article throughput peers format clean
+.PHONY: help train test test-lowest test-extras slow docs notebook dist smoke article throughput peers format clean
 
 help:
 	@echo "make train    train on LunarLanderContinuous-v3; pass options with ARGS=\"...\""
@@ -19,7 +19,8 @@ help:
 	@echo "make test-lowest  fast tests with the lowest versions that pyproject.toml allows"
 	@echo "make test-extras  tests of EnvPool and Ray; installs both (large)"
 	@echo "make slow     tests that train for minutes"
-	@echo "make docs     documentation, in docs/_build/html; runs the notebook"
+	@echo "make docs     documentation, in docs/_build/html"
+	@echo "make notebook  run the notebook and write its outputs"
 	@echo "make dist     build and check the packages of a release, in dist/"
 	@echo "make smoke    install the wheel in a new environment and run the example and RL Zoo"
 	@echo "make article  compare the article's recipe with the article's code, five seeds"
@@ -78,6 +79,9 @@ slow: $(STAMP)
 docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m sphinx -b html -W --keep-going docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
+
+notebook: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.notebook
 
 # Use a separate environment for the packaging tools
 RELEASE := .venv-release

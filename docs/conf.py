@@ -1,23 +1,29 @@
 """Settings of the documentation: `make docs` builds it to docs/_build/html."""
 
+import inspect
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 import sb3_reinforce
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from inventories import write_inventories  # noqa: E402
 
 project = "sb3-reinforce"
 author = "sb3-reinforce contributors"
 copyright = f"2026, {author}"
 version = release = sb3_reinforce.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.intersphinx", "sphinx.ext.viewcode", "sphinx_copybutton"]
+intersphinx_mapping = write_inventories(HERE / "_build" / "inventories")
 exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"
 html_title = f"sb3-reinforce {version}"
@@ -28,12 +34,8 @@ html_math_renderer = "mathml"
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
 myst_heading_anchors = 3
-# Run the notebook at each build, in a temporary copy: Jupyter's cache does not notice changes of the package
-nb_execution_mode = "force"
-nb_execution_in_temp = True
-nb_execution_raise_on_error = True
-nb_execution_timeout = 600
-nb_merge_streams = True
+# Show the committed outputs, which `make notebook` renews
+nb_execution_mode = "off"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -54,7 +56,16 @@ def block_math(translator: Any, node: nodes.Node) -> None:
     raise nodes.SkipNode
 
 
+def add_parameters(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Add SB3's fields to the docstrings of methods that have none and override a method of SB3."""
+    overridden = getattr(OnPolicyAlgorithm, name.rpartition(".")[2], None)
+    if what == "method" and overridden is not None and not any(line.startswith(":param") for line in lines):
+        text = inspect.getdoc(overridden) or ""
+        lines.extend(text[text.find(":param") :].splitlines() if ":param" in text else [])
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", add_parameters)
     # Sphinx only reads files below this folder
     shutil.copyfile(HERE.parent / "examples" / "lunar_lander.ipynb", HERE / "lunar_lander.ipynb")
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
