@@ -10,10 +10,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
-from stable_baselines3 import A2C
 
-from benchmarks import article, common, figures, learning, soak, step_time, throughput, variance, where, where_figures, workers
-from sb3_reinforce import REINFORCE
+from benchmarks import article, common, figures, learning, soak, throughput, variance, where, where_figures, workers
 
 
 @pytest.fixture
@@ -268,14 +266,6 @@ def test_the_article_is_compared_after_the_same_number_of_steps(monkeypatch: pyt
     text = article.comparison(runs)
     assert "our seeds return 40, 64 (interquartile mean 52) and the article's single seed returns 60; 1 of our 2 seeds" in text
     assert "40 to 64, compared to 70" in text and "2 to 2 seconds, compared to 9 with the article's code." in text
-
-
-@pytest.mark.parametrize("cls", [REINFORCE, A2C])
-def test_the_parts_of_a_step(monkeypatch: pytest.MonkeyPatch, cls: type):
-    monkeypatch.setattr(step_time, "N_STEPS", 100)
-    microseconds = step_time.measure(throughput.make_model(cls, throughput.vec_env("CartPole-v1", 2), 20))
-    assert tuple(microseconds) == step_time.PARTS
-    assert min(microseconds.values()) > 0
 
 
 @pytest.fixture
