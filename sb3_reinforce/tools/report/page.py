@@ -14,6 +14,7 @@ from sb3_reinforce.tools.report.drawing import draw_comparison, draw_run
 from sb3_reinforce.tools.report.estimates import count, estimate, interval, number
 from sb3_reinforce.tools.report.groups import group_runs
 from sb3_reinforce.tools.report.runs import Run, read_file, read_run
+from sb3_reinforce.tools.report.symptoms import find_symptoms
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -27,6 +28,7 @@ def render(runs: Sequence[Run]) -> str:
     env = Environment(loader=PackageLoader("sb3_reinforce.tools.report", "."), extensions=["jinja2.ext.do"], **options)
     env.filters["base64"] = lambda path: base64.b64encode(read_file(path)).decode()
     env.globals |= dict(count=count, draw_run=draw_run, estimate=estimate, interval=interval, number=number, np=np, zip=zip)
+    env.globals["find_symptoms"] = find_symptoms
     groups = group_runs(runs) if len(runs) > 1 else []
     return env.get_template("report.html").render(runs=runs, groups=groups, pictures=draw_comparison(groups))
 
