@@ -4,6 +4,7 @@ Generate the figures and tables of docs/why.md from the results of `benchmarks.w
     python -m benchmarks.why_figures
 """
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def draw(name: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, both = plt.subplots(1, 2, figsize=(8, 2.6), constrained_layout=True)
-    for axes, key in zip(both, (SYMPTOMS[name].key, "rollout/ep_rew_mean"), strict=True):
+    keys = list(dict.fromkeys((SYMPTOMS[name].key, "rollout/ep_rew_mean")))
+    figure, panels = plt.subplots(1, len(keys), figsize=(4 * len(keys), 2.6), constrained_layout=True, squeeze=False)
+    for axes, key in zip(panels[0], keys, strict=True):
         for kind, runs in runs_of(name).items():
             for run in runs:
                 steps, values = np.array(run["log"].get(key, np.empty((0, 2)))).T
@@ -59,8 +61,8 @@ def draw(name: str, path: Path) -> None:
         axes.set(xlabel="steps", title=key)
         axes.grid(alpha=0.3)
     if SYMPTOMS[name].key == "train/explained_variance":
-        both[0].set_ylim(-1, 1)
-    both[0].legend()
+        panels[0, 0].set_ylim(-1, 1)
+    panels[0, 0].legend()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -75,7 +77,7 @@ def table(name: str) -> str:
         settings = runs[0]["settings"] if runs[0]["settings"] in ("defaults", "shaped reward") else f"`{runs[0]['settings']}`"
         lines.append(
             f"| {kind} | {runs[0]['env']}, {settings} | {len(runs)} | {number(returns.mean())} "
-            f"| {number(returns.min())}, {number(returns.max())} | {number(np.mean([run['updates'] for run in runs]))} "
+            f"| {number(returns.min())}, {number(returns.max())} | {np.mean([run['updates'] for run in runs]):.0f} "
             f"| {sum(found)} of {len(runs)} |"
         )
     return "\n".join(lines)
@@ -86,12 +88,16 @@ def block(name: str) -> str:
     symptom = SYMPTOMS[name]
     if not is_complete(name):
         return f"Not measured yet: `python -m benchmarks.why --runs {' '.join(why.PAIRS[name])}`."
-    values = next((symptom.find(report_run(run)) for run in runs_of(name)["fails"]), None)
-    parts = [f"**Symptom**, in `{symptom.key}`. {values or ''} {symptom.meaning}", f"**What to try.** {symptom.cure}"]
-    parts += [
-        f"![{symptom.key} and return against steps, failing and cured](images/why_{name}.png)",
-        table(name),
+    for run in runs_of(name)["fails"]:
+        if values := dict(find_symptoms(report_run(run))).get(symptom):
+            break
+    parts = [
+        f"**In the log** of seed {run['seed']}. {values}",
+        f"**Why.** {symptom.meaning}",
+        f"**What to try.** {symptom.cure}",
     ]
+    parts = [textwrap.fill(part, 125, break_on_hyphens=False) for part in parts]
+    parts += [f"![{symptom.key} and return against steps, failing and cured](images/why_{name}.png)", table(name)]
     return "\n\n".join(parts)
 
 

@@ -10,8 +10,8 @@ from sb3_reinforce.tools.report.runs import Run
 
 #: Shorter runs are not judged
 MIN_UPDATES, MIN_EPISODES = 10, 20
-#: The return rises if the last quarter of the training episodes returns more than the third one, and has risen if it returns
-#: more than the first episodes, by this many standard deviations of the returns. Pendulum-v1 learned gains 3, half-learned 1.3
+#: In standard deviations of the returns. The return rises if the last quarter of the training episodes returns more than the
+#: third one and the first episodes, and has risen if it returns far more than the first ones: Pendulum-v1 gains about 4
 MIN_RISE, MIN_GAIN = 0.5, 2.0
 #: Sampled actions return less than the policy that is evaluated
 NEAR_THRESHOLD = 0.9
@@ -58,8 +58,8 @@ def is_stalled(run: Run) -> bool:
     updates = max((len(values) for _, values in run.scalars.values()), default=0)
     if run.episodes is None or len(run.episodes) < MIN_EPISODES or updates < MIN_UPDATES:
         return False
-    first, (*_, third, last) = _first(run), _quarters(run, "r")
-    if _gain(third, last) >= MIN_RISE:
+    first, (*_, third, last) = _first(run, "r"), _quarters(run, "r")
+    if min(_gain(third, last), _gain(first, last)) >= MIN_RISE:
         return False
     if run.threshold is None:
         return _gain(first, last) < MIN_GAIN
@@ -71,9 +71,9 @@ def _quarters(run: Run, column: str) -> list[np.ndarray]:
     return np.array_split(run.episodes[column].to_numpy(), 4)
 
 
-def _first(run: Run) -> np.ndarray:
-    """Returns of the first episodes, before fast learners improve."""
-    return run.episodes["r"].to_numpy()[: max(10, len(run.episodes) // 20)]
+def _first(run: Run, column: str) -> np.ndarray:
+    """Values of the first episodes, before fast learners improve."""
+    return run.episodes[column].to_numpy()[: max(10, len(run.episodes) // 20)]
 
 
 def _gain(before: np.ndarray, after: np.ndarray) -> float:
@@ -99,7 +99,7 @@ def lost_in_noise(run: Run) -> str | None:
 
 def spent_on_std(run: Run) -> str | None:
     """Whether the standard deviation changes while nothing is learned."""
-    first, last = _first(run), _quarters(run, "r")[-1]
+    first, last = _first(run, "r"), _quarters(run, "r")[-1]
     if "train/std" not in run.scalars or _gain(first, last) >= MIN_GAIN:
         return None
     values = run.scalars["train/std"][1]
@@ -119,7 +119,7 @@ def unexplained(run: Run) -> str | None:
 
 def ended_by_time(run: Run) -> str | None:
     """Whether many of the last episodes, and few of the first ones, have the maximum length."""
-    first, *_, last = _quarters(run, "l")
+    first, last = _first(run, "l"), _quarters(run, "l")[-1]
     limit = run.episodes["l"].max()
     share, before = np.mean(last == limit), np.mean(first == limit)
     if share < MIN_TIMEOUTS or before >= MIN_TIMEOUTS:
@@ -164,21 +164,21 @@ SYMPTOMS = {
         "train/explained_variance",
         "The baseline explains nothing",
         "The differences between returns that the baseline does not predict become noise in the advantages.",
-        "Let the baseline know the time (`time=True`, the default), and use the default `ridge` and `baseline_memory`. "
-        "Check that the observation contains the causes of the reward.",
+        "Let the baseline know the time (`baseline_kwargs=dict(time=True)`, the default), and use the default `ridge` and "
+        "`baseline_memory`. Check that the observation contains the causes of the reward.",
         unexplained,
     ),
     "time": Symptom(
         "rollout/ep_len_mean",
         "Episodes end by time",
-        "The policy has learned to wait until the time limit. Long episodes fill the batches, so there are few updates.",
-        "Shorten the training episodes with `max_episode_steps`.",
+        "The policy has learned to wait until the time limit: few episodes fill a batch, and none shows something better.",
+        "Pay for progress (shape the reward), or shorten training episodes with `max_episode_steps`.",
         ended_by_time,
     ),
     "few": Symptom(
         "rollout/episodes",
         "A batch has too few episodes",
-        "A batch of one episode has no second half to choose the damping with, and two episodes hardly choose better.",
+        "A batch of one episode cannot be halved to choose the damping, and with two episodes each half is a single one.",
         "Use the default `n_episodes=5` and `n_steps=1000`.",
         too_few_episodes,
     ),
