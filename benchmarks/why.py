@@ -30,8 +30,9 @@ FOLDER = RESULTS / "why"
 #: Maximum number of updates and of episodes in a file
 MAX_POINTS = 150
 #: Log keys in a file
-KEYS = ("rollout/ep_rew_mean", "rollout/ep_len_mean", "rollout/episodes", "train/gradient_signal", "train/cg_damping")
-KEYS += ("train/std", "train/explained_variance", "train/advantage_std", "train/entropy_loss")
+ROLLOUT_KEYS = ("ep_rew_mean", "ep_len_mean", "episodes")
+TRAIN_KEYS = ("gradient_signal", "cg_damping", "std", "explained_variance", "advantage_std", "entropy_loss")
+KEYS = [f"rollout/{key}" for key in ROLLOUT_KEYS] + [f"train/{key}" for key in TRAIN_KEYS]
 
 
 class Shaped(gym.Wrapper):

@@ -21,7 +21,7 @@ from sb3_reinforce.tools.report.symptoms import SYMPTOMS, find_symptoms
 COLORS = {"fails": "tab:red", "cured": "tab:blue"}
 
 
-def runs_of(name: str) -> list[dict[str, Any]]:
+def runs_of(name: str) -> dict[str, list[dict[str, Any]]]:
     """Read the runs of a symptom, by "fails" and "cured"."""
     return dict(zip(COLORS, map(read, why.PAIRS[name]), strict=True))
 

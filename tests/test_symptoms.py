@@ -43,10 +43,12 @@ def test_runs_that_learn_or_cannot_be_judged_have_no_symptoms():
     assert find_symptoms(with_returns(run, noise)) and find_symptoms(replace(run, threshold=0.0))
     for returns in (late, early):
         assert find_symptoms(with_returns(run, noise + returns)) == []
-    # Below the threshold, with sampled actions slightly below it, and with the deterministic policy above it
+    # A policy that waits below the threshold, slightly below it, and above it with deterministic actions
     learned = with_returns(run, noise + early)
-    assert find_symptoms(replace(learned, threshold=30.0)) and find_symptoms(replace(learned, threshold=9.5)) == []
-    assert find_symptoms(replace(learned, threshold=30.0, final_returns=np.full(3, 31.0))) == []
+    waits = replace(runs("time", "fails")[0], threshold=0.7)
+    assert find_symptoms(waits) and find_symptoms(replace(waits, threshold=0.05)) == []
+    assert find_symptoms(replace(learned, threshold=30.0)) == find_symptoms(replace(learned, threshold=9.5)) == []
+    assert find_symptoms(replace(waits, final_returns=np.ones(3))) == []
     assert find_symptoms(replace(run, episodes=None)) == find_symptoms(replace(run, episodes=run.episodes[:19])) == []
     short = {tag: (steps[:9], values[:9]) for tag, (steps, values) in run.scalars.items()}
     assert find_symptoms(replace(run, scalars=short)) == []

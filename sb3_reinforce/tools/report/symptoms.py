@@ -25,6 +25,8 @@ MIN_EXPLAINED = 0.5
 MAX_FEW_EPISODES = 2
 #: Shares of the last quarter of the training episodes
 MIN_TIMEOUTS, MIN_EQUAL_RETURNS = 0.5, 0.9
+#: Symptoms of a policy that has learned and is stuck below the threshold
+_AFTER_LEARNING = ("time", "rare")
 
 
 class Symptom(NamedTuple):
@@ -49,7 +51,8 @@ def find_symptoms(run: Run) -> list[tuple[Symptom, str]]:
     """
     if not is_stalled(run):
         return []
-    found = [(symptom, symptom.find(run)) for symptom in SYMPTOMS.values()]
+    names = _AFTER_LEARNING if _has_risen(run) else SYMPTOMS
+    found = [(SYMPTOMS[name], SYMPTOMS[name].find(run)) for name in names]
     return [(symptom, values) for symptom, values in found if values is not None]
 
 
@@ -62,9 +65,13 @@ def is_stalled(run: Run) -> bool:
     if min(_gain(third, last), _gain(first, last)) >= MIN_RISE:
         return False
     if run.threshold is None:
-        return _gain(first, last) < MIN_GAIN
+        return not _has_risen(run)
     best = max([last.mean(), *([] if run.final_returns is None else [run.final_returns.mean()])])
     return bool(best < first.mean() + NEAR_THRESHOLD * (run.threshold - first.mean()))
+
+
+def _has_risen(run: Run) -> bool:
+    return _gain(_first(run, "r"), _quarters(run, "r")[-1]) >= MIN_GAIN
 
 
 def _quarters(run: Run, column: str) -> list[np.ndarray]:
@@ -100,7 +107,7 @@ def lost_in_noise(run: Run) -> str | None:
 def spent_on_std(run: Run) -> str | None:
     """Whether the standard deviation changes while nothing is learned."""
     first, last = _first(run, "r"), _quarters(run, "r")[-1]
-    if "train/std" not in run.scalars or _gain(first, last) >= MIN_GAIN:
+    if "train/std" not in run.scalars:
         return None
     values = run.scalars["train/std"][1]
     if values.max() < MIN_STD_RATIO * values.min():
