@@ -21,6 +21,7 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SCALING = Path(__file__).parent.parent / "docs" / "scaling.md"
 STEP = Path(__file__).parent.parent / "docs" / "step.md"
 WHERE = Path(__file__).parent.parent / "docs" / "where.md"
+WHY = Path(__file__).parent.parent / "docs" / "why.md"
 #: Python of the virtual environment with the peer libraries (``make peers``)
 PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 

@@ -26,6 +26,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 
 from benchmarks.notebook import NOTEBOOK, execute
 from benchmarks.where import TASKS
+from benchmarks.why import PAIRS
 from sb3_reinforce import REINFORCE
 from tests.test_api import PUBLIC
 
@@ -48,6 +49,7 @@ FILLED = {
     "docs/scaling.md": ["paper", "threads", "workers"],
     "docs/step.md": ["step-table"],
     "docs/where.md": [f"where-{task}" for task in TASKS],
+    "docs/why.md": [f"why-{name}" for name in PAIRS],
 }
 
 

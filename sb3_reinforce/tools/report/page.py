@@ -15,6 +15,7 @@ from sb3_reinforce.tools.report.drawing import draw_comparison, draw_run
 from sb3_reinforce.tools.report.estimates import count, estimate, interval, number
 from sb3_reinforce.tools.report.groups import group_runs
 from sb3_reinforce.tools.report.runs import Run, read_file, read_run
+from sb3_reinforce.tools.report.symptoms import find_symptoms
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -27,9 +28,8 @@ def render(runs: Sequence[Run]) -> str:
     options: Any = dict(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env = Environment(loader=PackageLoader("sb3_reinforce.tools.report", "."), extensions=["jinja2.ext.do"], **options)
     env.filters["base64"] = lambda path: base64.b64encode(read_file(path)).decode()
-    env.globals |= dict(
-        count=count, draw_run=draw_run, facts_of=facts_of, estimate=estimate, interval=interval, number=number, np=np, zip=zip
-    )
+    env.globals |= dict(count=count, draw_run=draw_run, facts_of=facts_of, find_symptoms=find_symptoms, estimate=estimate)
+    env.globals |= dict(interval=interval, number=number, np=np, zip=zip)
     groups = group_runs(runs) if len(runs) > 1 else []
     return env.get_template("report.html").render(runs=runs, groups=groups, pictures=draw_comparison(groups))
 
