@@ -40,6 +40,7 @@ def with_returns(run: Run, returns: np.ndarray) -> Run:
 def test_runs_that_learn_or_cannot_be_judged_have_no_symptoms():
     run, noise = runs("few", "fails")[0], np.random.default_rng(0).normal(size=150)
     late, early = np.linspace(0, 9, 150), np.where(np.arange(150) < 12, 0, 9)
+    assert find_symptoms(replace(run, algorithm="REINFORCE")) and find_symptoms(replace(run, algorithm="A2C")) == []
     assert find_symptoms(with_returns(run, noise)) and find_symptoms(replace(run, threshold=0.0))
     for returns in (late, early):
         assert find_symptoms(with_returns(run, noise + returns)) == []

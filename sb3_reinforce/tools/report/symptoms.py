@@ -47,9 +47,9 @@ def find_symptoms(run: Run) -> list[tuple[Symptom, str]]:
 
     :param run: run to examine
     :return: symptoms, and the values that show them. Empty if the return rises, is near the threshold of the environment,
-        or has risen where the environment has no threshold
+        or has risen where the environment has no threshold, and for other algorithms, which have other cures
     """
-    if not is_stalled(run):
+    if run.algorithm not in ("REINFORCE", Run.algorithm) or not is_stalled(run):
         return []
     names = _AFTER_LEARNING if _has_risen(run) else SYMPTOMS
     found = [(SYMPTOMS[name], SYMPTOMS[name].find(run)) for name in names]
