@@ -61,8 +61,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         check_policy_class(self.policy_class)
         self.n_episodes, self.max_episode_steps = n_episodes, max_episode_steps
         self.bootstrap_timeouts, self.seed_episodes = bootstrap_timeouts, seed_episodes
-        self.workers = workers
-        self.file_format = FILE_FORMAT
+        self.workers, self.file_format = workers, FILE_FORMAT
         #: Identity of the run: its checkpoints carry it, and a model that begins anew gets another one
         self.run_id = uuid.uuid4().hex[:8]
         # Number of the next batch's first episode, and updates since num_timesteps was 0
@@ -247,8 +246,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
             self._rollout_end, self._logged = None, self._resume_point()["_logged"]
             workers, self._running_workers = self._running_workers, None
             try:
-                # SB3 does not call on_training_end() after an exception
-                for inner in all_callbacks(callback):
+                # SB3 does not call on_training_end() after an exception. An open progress bar would break printed lines
+                for inner in sorted(all_callbacks(callback), key=lambda inner: not isinstance(inner, ProgressBarCallback)):
                     getattr(inner, "on_learn_end", lambda: None)()
             finally:
                 if workers is not None:
