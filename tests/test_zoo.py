@@ -220,7 +220,7 @@ def test_a_complete_run_is_resumed_for_more_steps(tmp_path: Path, monkeypatch: p
     run(monkeypatch, "train", "-i", str(tmp_path / folder))
     # The command that makes this run
     command = read_run(folder).command
-    assert command.endswith("-n 1000 --seed 5") and "-n 400" not in command  # type: ignore[union-attr]
+    assert command.endswith(" -n 1000") and "-n 400" not in command and "--seed 5" in command  # type: ignore
     assert_same_as_uninterrupted(tmp_path, monkeypatch, 1000)
 
 
@@ -260,19 +260,30 @@ def test_a_folder_gives_the_newest_checkpoint_and_the_options_of_its_run(tmp_pat
         model.save(tmp_path / f"checkpoint_{n_steps}_steps.zip")
     (tmp_path / "E").mkdir()
     (tmp_path / "E" / "args.yml").write_text(yaml.dump(dict(trained_agent="", n_timesteps=7, workers=2)))
-    parser, path = zoo.TrainParser(), tmp_path / "checkpoint_10_steps.zip"
-    parser.add_argument("-i", "--trained-agent", default="")
-    parser.add_argument("-n", "--n-timesteps", type=int, default=-1)
-    for given, expected in (
-        (["-i", tmp_path], (path, 7, 2)),
-        ([f"--trained-agent={tmp_path}", "-n", "5"], (path, 5, 2)),
-        (["-i", path], (path, -1, 0)),
-    ):
+    path = tmp_path / "checkpoint_10_steps.zip"
+    for given, expected in (["-i", tmp_path, "-n", "5"], (path, 5, 2)), (["-i", path], (path, -1, 0)):
+        parser = zoo.TrainParser()
+        parser.add_argument("-i", "--trained-agent", default="")
+        parser.add_argument("-n", "--n-timesteps", type=int, default=-1)
         arguments = parser.parse_args(list(map(str, given)))
         assert (Path(arguments.trained_agent), arguments.n_timesteps, arguments.workers) == expected
 
 
 # Workers
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_work_in_a_new_folder(tmp_path: Path):
+    page = (ROOT / "docs" / "rl_zoo.md").read_text().partition("## Your own environment")[2]
+    blocks = re.findall(r"```\w*\n(.*?)```", page, re.DOTALL)
+    program = f'#!/bin/sh\nPYTHONPATH="{ROOT}:$PYTHONPATH" exec "{sys.executable}" -m sb3_reinforce "$@"\n'
+    for name, text in zip(("corridor.py", "my.yml", "commands", "sb3-reinforce"), [*blocks[:3], program], strict=True):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "sb3-reinforce").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
+    result = subprocess.run(["bash", "-e", "commands"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert "Mean reward: -1" in result.stdout and "of no effect" not in result.stderr
+    assert "The report is logs/reinforce/Corridor-v0_1/report.html" in result.stdout, result.stderr
 
 
 @pytest.mark.slow
@@ -441,13 +452,6 @@ def test_find_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert zoo.find_config(None) == str(CONFIGS / "reinforce.yml")
 
 
-def test_register_has_no_effect_the_second_time():
-    manager = rl_zoo3.train.ExperimentManager
-    zoo.register()
-    assert rl_zoo3.train.ExperimentManager is rl_zoo3.exp_manager.ExperimentManager is manager
-    assert rl_zoo3.ALGOS["reinforce"] is REINFORCE
-
-
 @pytest.mark.parametrize("command", zoo.COMMANDS)
 def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit, match="0"):
@@ -461,7 +465,7 @@ def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 ERRORS = "enjoy; record_video; push_to_hub --env CartPole-v1 -orga me; plot_from_file -i no; report no; train -i no; "
 ERRORS += "train --env No-v0; train --conf-file no; train --conf-file wrong.yml; train -params no:2; train -params n:(; "
 ERRORS += (
-    "train --conf-file empty.yml; train -params n_envs:0; train --workers -1; train --no; trian; train -n 9 -tb empty.yml; "
+    "train --conf-file empty.yml; train -params n_envs:0; train --workers -1; train --nope; trian; train -n 9 -tb empty.yml; "
 )
 ERRORS += "train --storage study.log --study-name s --trial-id 0"
 
@@ -473,7 +477,6 @@ def test_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     Path("empty.yml").touch()
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *command.split())
-    # argparse prints its errors
     printed = capsys.readouterr().err.strip() if stop.value.code == 2 else str(stop.value)
     assert re.fullmatch(r"\w[^\n]{19,}", printed)
 

@@ -24,6 +24,7 @@ import tempfile
 import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from inspect import signature
@@ -508,6 +509,9 @@ def _run(command: str, options: list[str]) -> None:
         # Does not need rl_zoo3
         return importlib.import_module("sb3_reinforce.tools.report").main(options)
     register()
+    if command != "train":
+        # rl_zoo3 loads models with a learning rate of 0
+        warnings.filterwarnings("ignore", "learning_rate of no effect")
     sys.argv = [f"sb3-reinforce {command}", *COMMANDS[command], *options]
     if command not in _SCRIPTS:
         return getattr(importlib.import_module("rl_zoo3.cli"), command)()

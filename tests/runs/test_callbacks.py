@@ -29,7 +29,6 @@ from tests.executors import FakeExecutor
 from tests.rollouts import StopAt
 from tests.runs.common import PAIR, VECTOR, random_env, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:rich is experimental")
 #: A VecEnv that steps all sub-environments, and one that does not step idle ones
 STEPS_ALL, SKIPS_IDLE = pytest.param(VecCheckNan, id="steps_all"), pytest.param(lambda env: env, id="skips_idle")
 
@@ -231,12 +230,10 @@ def test_progress_bars_do_not_count_idle_steps(make_env, kwargs, capsys):
         shown = min(model.num_timesteps - before, total)
         shown_line = rf"return -?\d+\.\d: +{100 * shown // total}% ━+[^ ]* *{shown}/{total} +\S+ left"
         assert re.search(shown_line, capsys.readouterr().out)
-        assert (shown == total) == (total == 10)
 
 
 def test_a_progress_bar_is_closed_after_an_error():
-    bar = ProgressBarCallback()
-    journal = Journal()
+    bar, journal = ProgressBarCallback(), Journal()
     journal.on_learn_end = lambda: journal.entries.append(bar.pbar.disable)  # may print
     with pytest.raises(ZeroDivisionError):
         make_model().learn(20, callback=[journal, bar, at_each_step(lambda locals_: 1 / 0)])
