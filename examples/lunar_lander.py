@@ -60,7 +60,7 @@ class SeededEvaluations(EvalCallback):
 def main() -> None:
     arguments = parse_arguments()
     folder = arguments.resume or new_folder(arguments)
-    print(f"Training on {ENV} until it is solved; everything goes to {folder}")
+    print(f"Training on {ENV} until it is solved;\neverything goes to {folder}")
     # Small networks are fastest with one thread
     th.set_num_threads(1)
 
@@ -87,11 +87,7 @@ def main() -> None:
     evaluations.log_path = str(folder / ".evaluations")
     evaluate_now_and_then = EveryNTimesteps(10_000, evaluations)
     evaluate_now_and_then.last_time_trigger = restore_evaluations(evaluations, folder / "evaluations.npz", model.num_timesteps)
-    checkpoints = AtomicCheckpointCallback(
-        folder / "checkpoints",
-        every_n_minutes=0.1,
-        resume_command=f"python examples/lunar_lander.py --resume {shlex.quote(str(folder))}",
-    )
+    checkpoints = AtomicCheckpointCallback(folder / "checkpoints", every_n_minutes=0.1, resume_command=resume_command(folder))
     callbacks = [evaluate_now_and_then, checkpoints]
     started = time.perf_counter()
     try:
@@ -112,13 +108,12 @@ def main() -> None:
     evaluation_env.seed(EVALUATION_SEED + 1000)
     returns, lengths = evaluate_policy(model, evaluation_env, arguments.evaluation_episodes, return_episode_rewards=True)
 
-    plot_learning_curve(folder)
+    plot_learning_curve(folder, model.num_timesteps, np.array(returns))
     video_return = record_video(model, folder / "landing.mp4")
     result = dict(seed=arguments.seed, steps=model.num_timesteps, seconds=seconds, returns=returns, lengths=lengths)
-    summary = write_summary(folder, model, result, video_return)
-    print(summary)
-    print(f"The report, to open in a browser: {write_report([folder])}")
-    print(f"Everything is in {folder}: return {np.mean(returns):.1f} over {arguments.evaluation_episodes} episodes")
+    write_summary(folder, model, result, video_return)
+    write_report([folder])
+    print(final_lines(folder, np.array(returns), video_return))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -151,8 +146,38 @@ def new_folder(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def plot_learning_curve(folder: Path) -> None:
-    """Plot training episodes, their mean over the last 100, and evaluations against steps."""
+def python_command() -> str:
+    """This interpreter, relative to the current folder if it is inside."""
+    python = Path(sys.executable)
+    return shlex.quote(str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python))
+
+
+def resume_command(folder: Path) -> str:
+    """Command for the current folder, with the number of threads, on which rounding depends."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    command = f"{python_command()} {shlex.join([sys.argv[0], '--resume', str(folder)])}"
+    return command if threads is None else f"OMP_NUM_THREADS={threads} {command}"
+
+
+def final_lines(folder: Path, returns: np.ndarray, video_return: float) -> str:
+    """Return how good the policy is, where its files are, and how to watch it, for the terminal."""
+    solved = f"{np.sum(returns >= SOLVED)} of {len(returns)} new episodes reach {SOLVED:.0f} (solved)"
+    tensorboard = shlex.quote(str(folder / "tensorboard"))
+    return f"""
+The policy returns {returns.mean():.0f} ± {returns.std():.0f}: {solved}.
+Everything is in {folder}:
+  report.html          all results on one page, to open in a browser
+  landing.mp4          video of one episode, return {video_return:.0f}
+  learning_curve.png   training episodes and evaluations
+  model.zip            for REINFORCE.load()
+  summary.md           settings, versions and results; result.json for scripts
+  tensorboard/         TensorBoard log
+To watch the policy, open landing.mp4. To see the log in a browser:
+  {python_command()} -m tensorboard.main --logdir {tensorboard}"""
+
+
+def plot_learning_curve(folder: Path, last_step: int, final_returns: np.ndarray) -> None:
+    """Plot training episodes, their mean over the last 100, evaluations, and the final evaluation against steps."""
     episodes = load_results(str(folder))
     returns, steps = episodes["r"].to_numpy(), episodes["l"].cumsum().to_numpy()
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -164,6 +189,8 @@ def plot_learning_curve(folder: Path) -> None:
     if (folder / "evaluations.npz").exists():
         evaluations = np.load(folder / "evaluations.npz")
         axes.plot(evaluations["timesteps"], evaluations["results"].mean(axis=1), "o-", color="tab:green", label="evaluation")
+    label = f"final evaluation: {final_returns.mean():.0f} ({len(final_returns)} episodes)"
+    axes.plot(last_step, final_returns.mean(), "*", markersize=14, color="tab:red", label=label)
     axes.axhline(SOLVED, color="gray", linestyle=":", label="solved")
     low = min(np.quantile(returns, 0.01), -100)
     axes.set(xlabel="steps", ylabel="return", title=f"REINFORCE on {ENV}", ylim=(low, 330))
@@ -199,15 +226,11 @@ def record_video(model: REINFORCE, path: Path, tries: int = 10) -> float:
     return episode_return
 
 
-def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: float) -> str:
-    """
-    Write the results to result.json and summary.md.
-
-    :return: content of summary.md
-    """
+def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: float) -> None:
+    """Write the results to result.json and summary.md."""
     packages = ("sb3-reinforce", "stable-baselines3", "gymnasium", "torch", "numpy")
     versions = {"python": platform.python_version(), **{package: version(package) for package in packages}}
-    command = " ".join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.argv])
     machine = dict(platform=platform.platform(), processors=os.cpu_count())
     saved = {"command": command, "versions": versions, "machine": machine, **result}
     (folder / "result.json").write_text(json.dumps(saved) + "\n")
@@ -237,7 +260,6 @@ def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: fl
 - `tensorboard/`: `tensorboard --logdir {folder}/tensorboard`
 """
     (folder / "summary.md").write_text(summary, encoding="utf-8")
-    return summary
 
 
 if __name__ == "__main__":

@@ -353,8 +353,8 @@ def test_defaults_are_no_changed_settings(tmp_path: Path, algorithm: Any):
         ("python3 /b/bin/sb3-reinforce train --env E --seed 7", "sb3-reinforce train --env E --seed 7 --seed 6"),
         ("python mine.py --env E", "python mine.py --env E --seed 6"),
         (
-            "python -m sb3_reinforce train -params policy:dict(net_arch=[16, 16], a=1) baseline:'linear' n:5",
-            "sb3-reinforce train -params 'policy:dict(net_arch=[16, 16], a=1)' 'baseline:'\"'\"'linear'\"'\"'' n:5 --seed 6",
+            "'a b/python' -m sb3_reinforce train -params 'policy:dict(net_arch=[16, 16], a=1)' n:5",
+            "sb3-reinforce train -params 'policy:dict(net_arch=[16, 16], a=1)' n:5 --seed 6",
         ),
         ("x sb3-reinforce train -i model.zip --env E", "sb3-reinforce train -i model.zip --env E --seed 6"),
     ],

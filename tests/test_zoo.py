@@ -1,6 +1,8 @@
 """RL Zoo: commands, resume, hyperparameter files, and register()."""
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_reinforce import REINFORCE, EpisodeVecEnv
 from sb3_reinforce.tools import zoo
+from sb3_reinforce.tools.report import read_run
 from tests.runs.common import assert_same_parameters, monitor_rows, scalars, stop_at_update, wait_for_the_next_second
 from tests.test_reinforce import ARTICLE
 
@@ -54,8 +57,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     # Appended to the -params at the end of SHORT
     params = ["n_envs:4", "learning_rate:2e-3", "target_kl:0.02", "baseline:'linear'"]
     options = ["--eval-freq", "400", "--save-freq", "500", "-tb", "tensorboard", "-P", "--seed", "1"]
-    printed = python(folder, "-m", "sb3_reinforce", "train", "--env", ENV, *options, *SHORT, *params).stdout
-    return folder, printed
+    result = python(folder, "-m", "sb3_reinforce", "train", "--env", ENV, *options, *SHORT, *params)
+    assert "render_mode" not in result.stderr
+    return folder, result.stdout
 
 
 @pytest.fixture
@@ -72,6 +76,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["sb3-reinforce", *arguments])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "sb3-reinforce", *arguments])
     zoo.main()
 
 
@@ -85,10 +90,13 @@ def experiment(folder: Path, env: str = ENV, algo: str = "reinforce", **kwargs: 
 
 def test_train(trained: tuple[Path, str]):
     folder, printed = trained
-    assert f"Loading hyperparameters from: {CONFIGS / 'reinforce.yml'}" in printed
-    assert "Using 4 environments" in printed
-    steps = REINFORCE.load(folder / MODEL).num_timesteps
-    assert "100% ━" in printed and f" {steps:,}/1,200 " in printed
+    start = printed.partition("Using")[0]
+    assert (
+        "Set (reinforce.yml and options): baseline='linear'" in start and "n_envs=4" in start and "n_timesteps=1200" in start
+    )
+    assert "Default: advantage='monte_carlo'" in start and start.count("baseline=") == start.count("n_timesteps=") == 1
+    assert "OrderedDict" not in printed and max(map(len, start.splitlines())) < 80
+    assert "100% ━━━━━━━━━━━━━━━━━━━━ 1,200/1,200 " in printed
     run_folder = folder / FIRST_RUN
     config = yaml.unsafe_load((run_folder / ENV / "config.yml").read_text())
     assert (config["n_steps"], config["target_kl"], config["baseline"]) == (100, 0.02, "linear")
@@ -184,11 +192,12 @@ def test_a_stopped_run_is_resumed_in_its_folder(
         stop_at_update(patch, 3, number)
         with nullcontext() if number == signal.SIGINT else pytest.raises(SystemExit, match="143"):
             run(monkeypatch, "train", *RESUMABLE, "-n", "1000", "--seed", "5")
-    assert f"To resume: sb3-reinforce train ... -i logs/reinforce/{CARTPOLE}_1, with" in capsys.readouterr().out
+    program, resume = re.search(r"To resume: (.*) (train .*)\n", capsys.readouterr().out).groups()  # type: ignore[union-attr]
+    assert resume == f"train -i logs/reinforce/{CARTPOLE}_1" and shutil.which(shlex.split(program)[0])
     assert (folder / f"{CARTPOLE}.zip").exists() == (number == signal.SIGINT)
     files = {path: path.read_text() for path in (folder / CARTPOLE).iterdir()}
     wait_for_the_next_second()
-    run(monkeypatch, "train", *RESUMABLE, "-n", "1000", "-i", str(folder))
+    run(monkeypatch, *shlex.split(resume))
     assert {path: path.read_text() for path in (folder / CARTPOLE).iterdir()} == files
     checkpoint = str(next(folder.glob("checkpoint_*.zip")))
     manager = rl_zoo3.train.ExperimentManager(Namespace(), "reinforce", CARTPOLE, "logs", trained_agent=checkpoint, seed=1)
@@ -208,7 +217,10 @@ def test_a_complete_run_is_resumed_for_more_steps(tmp_path: Path, monkeypatch: p
         with pytest.raises(SystemExit, match="143"):
             run(monkeypatch, "train", *RESUMABLE, "-n", "1000", "-i", f"{folder}/")
     wait_for_the_next_second()
-    run(monkeypatch, "train", *RESUMABLE, "-n", "1000", "-i", str(tmp_path / folder))
+    run(monkeypatch, "train", "-i", str(tmp_path / folder))
+    # The command that makes this run
+    command = read_run(folder).command
+    assert command.endswith(" -n 1000") and "-n 400" not in command and "--seed 5" in command  # type: ignore
     assert_same_as_uninterrupted(tmp_path, monkeypatch, 1000)
 
 
@@ -242,20 +254,36 @@ def test_a_folder_without_a_complete_checkpoint_is_an_error(tmp_path: Path, monk
     assert str(tmp_path) in str(stop.value)
 
 
-def test_a_folder_is_replaced_by_its_newest_checkpoint(tmp_path: Path):
+def test_a_folder_gives_the_newest_checkpoint_and_the_options_of_its_run(tmp_path: Path):
     model = REINFORCE("MlpPolicy", CARTPOLE)
     for n_steps in (9, 10):
         model.save(tmp_path / f"checkpoint_{n_steps}_steps.zip")
-    folder, path = str(tmp_path), str(tmp_path / "checkpoint_10_steps.zip")
-    others = ["--env", CARTPOLE, "-n", "5"]
-    for given in (["-i", folder], ["--trained-agent", folder], [f"--trained-agent={folder}"], [f"-i={folder}"]):
-        assert zoo.find_checkpoint([*given, *others]) == [*others, "--trained-agent", path]
-        assert zoo.find_checkpoint([*others, *given]) == [*others, "--trained-agent", path]
-    for given in (["-i", path], ["-i", str(MODEL)], ["-f", folder]):
-        assert zoo.find_checkpoint([*given, *others]) == [*given, *others]
+    (tmp_path / "E").mkdir()
+    (tmp_path / "E" / "args.yml").write_text(yaml.dump(dict(trained_agent="", n_timesteps=7, workers=2)))
+    path = tmp_path / "checkpoint_10_steps.zip"
+    for given, expected in (["-i", tmp_path, "-n", "5"], (path, 5, 2)), (["-i", path], (path, -1, 0)):
+        parser = zoo.TrainParser()
+        parser.add_argument("-i", "--trained-agent", default="")
+        parser.add_argument("-n", "--n-timesteps", type=int, default=-1)
+        arguments = parser.parse_args(list(map(str, given)))
+        assert (Path(arguments.trained_agent), arguments.n_timesteps, arguments.workers) == expected
 
 
 # Workers
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_work_in_a_new_folder(tmp_path: Path):
+    page = (ROOT / "docs" / "rl_zoo.md").read_text().partition("## Your own environment")[2]
+    blocks = re.findall(r"```\w*\n(.*?)```", page, re.DOTALL)
+    program = f'#!/bin/sh\nPYTHONPATH="{ROOT}:$PYTHONPATH" exec "{sys.executable}" -m sb3_reinforce "$@"\n'
+    for name, text in zip(("corridor.py", "my.yml", "commands", "sb3-reinforce"), [*blocks[:3], program], strict=True):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "sb3-reinforce").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
+    result = subprocess.run(["bash", "-e", "commands"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert "Mean reward: -1" in result.stdout and "of no effect" not in result.stderr
+    assert "The report is logs/reinforce/Corridor-v0_1/report.html" in result.stdout, result.stderr
 
 
 @pytest.mark.slow
@@ -270,7 +298,7 @@ def test_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("workers", [*RESUMABLE, "-n", "300", "--seed", "5", "--workers", "2"], "workers"),
         ("one", one, "one"),
         ("other workers", [*RESUMABLE, "-n", "600", "--workers=1", "-i", f"logs/reinforce/{CARTPOLE}_1"], "workers"),
-        ("none", [*RESUMABLE, "-n", "900", "-i", f"logs/reinforce/{CARTPOLE}_1"], "workers"),
+        ("none", ["-n", "900", "--workers", "0", "-i", f"logs/reinforce/{CARTPOLE}_1"], "workers"),
     ):
         (tmp_path / path).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / path)
@@ -424,31 +452,33 @@ def test_find_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert zoo.find_config(None) == str(CONFIGS / "reinforce.yml")
 
 
-def test_register_has_no_effect_the_second_time():
-    manager = rl_zoo3.train.ExperimentManager
-    zoo.register()
-    assert rl_zoo3.train.ExperimentManager is rl_zoo3.exp_manager.ExperimentManager is manager
-    assert rl_zoo3.ALGOS["reinforce"] is REINFORCE
-
-
 @pytest.mark.parametrize("command", zoo.COMMANDS)
 def test_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit, match="0"):
         run(monkeypatch, command, "--help")
     printed = capsys.readouterr().out
-    assert "usage: " in printed and ("--workers N" in printed) == (command == "train")
+    assert "usage: " in printed
+    for text in ("--workers N", "(default: reinforce)", "(default: logs)"):
+        assert (text in printed) == (command == "train")
 
 
 ERRORS = "enjoy; record_video; push_to_hub --env CartPole-v1 -orga me; plot_from_file -i no; report no; train -i no; "
-ERRORS += "train --env No-v0; train --conf-file no; train --conf-file wrong.yml; train -params no:2; train -params n:("
+ERRORS += "train --env No-v0; train --conf-file no; train --conf-file wrong.yml; train -params no:2; train -params n:(; "
+ERRORS += (
+    "train --conf-file empty.yml; train -params n_envs:0; train --workers -1; train --nope; trian; train -n 9 -tb empty.yml; "
+)
+ERRORS += "train --storage study.log --study-name s --trial-id 0"
 
 
 @pytest.mark.parametrize("command", ERRORS.split("; "))
-def test_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str):
+def test_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: str):
     monkeypatch.chdir(tmp_path)
     Path("wrong.yml").write_text("a:\n  - [")
-    with pytest.raises(SystemExit, match=r"^\w[^\n]{9,}$"):
+    Path("empty.yml").touch()
+    with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *command.split())
+    printed = capsys.readouterr().err.strip() if stop.value.code == 2 else str(stop.value)
+    assert re.fullmatch(r"\w[^\n]{19,}", printed)
 
 
 def test_an_error_in_an_environment_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -48,12 +48,10 @@ class EpisodeNoise:
     """Action noise of several sub-environments, from one generator per episode."""
 
     def __init__(self, n_envs: int, seed: int, sde_sample_freq: int = -1):
-        self.seed = seed
-        self.sde_sample_freq = sde_sample_freq
+        self.seed, self.sde_sample_freq = seed, sde_sample_freq
         self.rngs = [episode_rng(seed, 0)] * n_envs
         self._rows: list[Iterator[np.ndarray] | None] = [None] * n_envs
-        self._has_new = True
-        self._episode_steps = [0] * n_envs
+        self._has_new, self._episode_steps = True, [0] * n_envs
         self._matrices: list[np.ndarray] = [np.empty(0)] * n_envs
 
     def begin(self, env_indices: Iterable[int], numbers: np.ndarray) -> None:

@@ -245,8 +245,8 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
             self._rollout_end, self._logged = None, self._resume_point()["_logged"]
             workers, self._running_workers = self._running_workers, None
             try:
-                # SB3 does not call on_training_end() after an exception
-                for inner in all_callbacks(callback):
+                # SB3 does not call on_training_end() after an exception. An open progress bar would break printed lines
+                for inner in sorted(all_callbacks(callback), key=lambda inner: not isinstance(inner, ProgressBarCallback)):
                     getattr(inner, "on_learn_end", lambda: None)()
             finally:
                 if workers is not None:

@@ -21,10 +21,7 @@ def collect_episodes(
     n_rollout_steps: int | None,
     schedule: EpisodeSchedule,
 ) -> bool:
-    """
-    Fill a buffer with the episodes of a schedule, see ``collect_rollouts``. If a ``VecEnv`` steps idle sub-environments, their
-    steps count as ``num_timesteps``, but are not stored.
-    """
+    """Fill a buffer with episodes, see ``collect_rollouts``. Steps of idle sub-environments only add to ``num_timesteps``."""
     model.policy.set_training_mode(False)
     rollout_buffer.reset()
     callback.on_rollout_start()
@@ -102,11 +99,22 @@ def timeout_values(policy: Any, infos: list[dict[str, Any]], n_steps: np.ndarray
 
 
 class StepsProgressBar(ProgressBarCallback):
-    """SB3's progress bar, moved by ``num_timesteps``, which do not include idle sub-environments, and always closed."""
+    """SB3's progress bar, moved by ``num_timesteps`` to its total, with the latest mean return, and always closed."""
+
+    def _on_training_start(self) -> None:
+        from rich.progress import BarColumn, TimeRemainingColumn
+        from tqdm.rich import FractionColumn, tqdm
+
+        columns = ("{task.description}{task.percentage:4.0f}%", BarColumn(20), FractionColumn(), TimeRemainingColumn(), "left")
+        self.pbar = tqdm(total=self.locals["total_timesteps"] - self.model.num_timesteps, progress=columns)
 
     def _on_step(self) -> bool:
-        self.pbar.update(self.num_timesteps - self.model._num_timesteps_at_start - self.pbar.n)
+        self.pbar.update(min(self.num_timesteps - self.model._num_timesteps_at_start, self.pbar.total) - self.pbar.n)
         return True
+
+    def _on_rollout_end(self) -> None:
+        if self.model.ep_info_buffer:
+            self.pbar.set_description(f"return {np.mean([info['r'] for info in self.model.ep_info_buffer]):.1f}")
 
     def on_learn_end(self) -> None:
         if hasattr(self, "pbar"):

@@ -23,9 +23,7 @@ class EpisodeSource:
     """Steps a ``VecEnv`` through the episodes of a schedule, for the model that is its ``user``."""
 
     def __init__(self, env: VecEnv, schedule: EpisodeSchedule, user: Any = None):
-        self.env = env
-        self.schedule = schedule
-        self.user = user
+        self.env, self.schedule, self.user = env, schedule, user
         self.episode_env = env.unwrapped if isinstance(env.unwrapped, EpisodeRunner) else None
         self.skips_idle_envs = skips_idle_envs(env)
         self.patient_until = perf_counter() + _PATIENCE

@@ -131,7 +131,7 @@ class EpisodeVecEnv(EpisodeRunner, DummyVecEnv):
         return self._obs_from_buf()
 
     def _get_target_envs(self, indices: Any) -> list[gym.Env]:
-        if getattr(self.user, "_running_workers", None) is not None:
+        if getattr(vars(self).get("user"), "_running_workers", None) is not None:  # none in DummyVecEnv.__init__()
             raise RuntimeError("Workers have their own environments, which attributes and methods do not reach: use infos")
         return super()._get_target_envs(indices)
 

@@ -137,10 +137,7 @@ def collect_from_workers(
     schedule: EpisodeSchedule,
     workers: Workers,
 ) -> bool:
-    """
-    Fill a buffer with the episodes of a schedule, which workers run, see ``collect_rollouts``. The callback sees the steps in
-    order, once their episode is complete.
-    """
+    """Fill a buffer with episodes that workers run. The callback sees the steps in order, once their episode is complete."""
     model.policy.set_training_mode(False)
     rollout_buffer.reset()
     callback.on_rollout_start()

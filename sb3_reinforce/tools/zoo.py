@@ -3,7 +3,7 @@ RL Zoo's commands with the algorithm ``reinforce``.
 
     python -m sb3_reinforce train --env LunarLanderContinuous-v3     # or: sb3-reinforce train ...
     python -m sb3_reinforce enjoy --env LunarLanderContinuous-v3
-    python -m sb3_reinforce train --env LunarLanderContinuous-v3 -i logs/reinforce/LunarLanderContinuous-v3_1   # resume
+    python -m sb3_reinforce train -i logs/reinforce/LunarLanderContinuous-v3_1   # resume
     python -m sb3_reinforce train --env LunarLanderContinuous-v3 --workers 4
 
 Your own scripts must call :func:`register` before they call rl_zoo3.
@@ -13,22 +13,27 @@ import argparse
 import functools
 import glob
 import importlib
-import inspect
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
@@ -36,7 +41,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
-from sb3_reinforce.episodes.checks import read_model_file
+from sb3_reinforce.episodes.checks import check_count, read_model_file
 from sb3_reinforce.episodes.vec_env import EpisodeVecEnv, wrap_env
 from sb3_reinforce.reinforce import REINFORCE
 from sb3_reinforce.tools.checkpoints import (
@@ -53,7 +58,7 @@ _DEFAULTS = ["--algo", ALGO, "--folder", "logs"]
 #: Commands of rl_zoo3 and their default options: ``train`` writes to the folder "logs", and ``enjoy`` uses the time limit of
 #: the environment instead of the one for training
 COMMANDS: dict[str, list[str]] = {
-    "train": ["--algo", ALGO],
+    "train": [],
     "enjoy": [*_DEFAULTS, "--env-kwargs", "max_episode_steps:None"],
     "record_video": _DEFAULTS,
     "record_training": _DEFAULTS,
@@ -68,6 +73,19 @@ COMMANDS: dict[str, list[str]] = {
 _SCRIPTS = ("record_video", "record_training", "benchmark", "load_from_hub", "push_to_hub")
 _NET_ARCHS = {"linear": [], "small": [32, 32], "medium": [64, 64], "large": [256, 256]}
 _ACTIVATION_FNS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+#: Changes to the options of rl_zoo3.train
+_TRAIN_OPTIONS: dict[str, dict[str, Any]] = {
+    "--algo": dict(default=ALGO, help=f"RL Algorithm (default: {ALGO})"),
+    "--log-folder": dict(help="Log folder (default: logs)"),
+    "--trained-agent": dict(
+        help=f"Folder of a run of {ALGO}, to resume it with its options and hyperparameters (-n: with another total number of "
+        "timesteps), or path to a model, to continue training it in a new folder"
+    ),
+    "--conf-file": dict(
+        help="Hyperparameters: YAML file, Python file or package with a dictionary 'hyperparams', with a key for each "
+        "environment, or article.yml of this package (default: its reinforce.yml)"
+    ),
+}
 
 
 def register() -> None:
@@ -92,10 +110,7 @@ def register() -> None:
     # rl_zoo3.train imports the class by name
     rl_zoo3.exp_manager.ExperimentManager = rl_zoo3.train.ExperimentManager = ExperimentManager  # type: ignore[misc]
     # rl_zoo3.train creates its parser inside of train()
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--workers", metavar="N", help="Number of processes that run episodes (0: none)", default=0, type=int)
-    with_workers = functools.partial(argparse.ArgumentParser, parents=[parser])
-    rl_zoo3.train.argparse = SimpleNamespace(ArgumentParser=with_workers)  # type: ignore[assignment]
+    rl_zoo3.train.argparse = SimpleNamespace(ArgumentParser=TrainParser)  # type: ignore[assignment]
     rl_zoo3.utils.glob = SimpleNamespace(glob=_glob_checkpoints)  # type: ignore[assignment]
     rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER[ALGO] = sample_reinforce_params
     rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER[ALGO] = convert_reinforce_params
@@ -105,6 +120,49 @@ def register() -> None:
 def _glob_checkpoints(pattern: str) -> list[str]:
     """``glob.glob()`` for rl_zoo3, whose ``--load-last-checkpoint`` only knows the file names of SB3's callback."""
     return list({*glob.glob(pattern), *glob.glob(pattern.replace("rl_model_*", "checkpoint_*"))})
+
+
+class TrainParser(argparse.ArgumentParser):
+    """Parser of ``rl_zoo3.train`` with the options of this package. A folder for ``-i`` sets the other defaults."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.add_argument(
+            "--workers", metavar="N", help="Number of processes that run episodes (default: 0, none)", default=0, type=int
+        )
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        return super().add_argument(*names, **kwargs | _TRAIN_OPTIONS.get(names[-1], {}))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        try:
+            arguments = super().parse_args(args, namespace)
+        except (SyntaxError, NameError) as error:
+            self.error(f"{error} in NAME:VALUE, where VALUE must be a Python expression, with quotes around a string")
+        if arguments.workers < 0:
+            self.error(f"argument --workers: must be at least 0, got {arguments.workers}")
+        if arguments.trained_agent and not os.path.exists(arguments.trained_agent):
+            self.error(f"argument -i/--trained-agent: no such file or folder: {arguments.trained_agent}")
+        if os.path.isdir(folder := arguments.trained_agent):
+            checkpoint = newest_checkpoint(folder)
+            if checkpoint is None:
+                raise SystemExit(f"{folder} has no checkpoint to resume from")
+            self.set_defaults(**saved_arguments(folder))
+            arguments = super().parse_args(args, namespace)
+            arguments.trained_agent = str(checkpoint)
+        return arguments
+
+
+def saved_arguments(folder: str) -> dict[str, Any]:
+    """
+    Return the options of ``train`` that a run has saved.
+
+    :param folder: folder of the run
+    :return: values by name, empty if the run was not started with ``train``
+    """
+    paths = glob.glob(f"{glob.escape(folder)}/*/args.yml")
+    # Like enjoy of rl_zoo3: values may be objects
+    return dict(yaml.unsafe_load(Path(paths[0]).read_text())) if paths else {}
 
 
 #: register() adds the base class, because rl_zoo3 is optional
@@ -134,12 +192,61 @@ class Experiments(_Base):
             self.params_path = f"{self.save_path}/{self.env_name}"
             self.monitor_kwargs["override_existing"] = False
 
+    def setup_experiment(self) -> Any:
+        if self.algo != ALGO:
+            return super().setup_experiment()
+        # rl_zoo3 prints each setting where it is read: _print_settings() shows all of them
+        no_output: Any = dict.fromkeys(("print", "pprint"), lambda *args: None)
+        with mock.patch.multiple("rl_zoo3.exp_manager", **no_output, create=True):
+            return super().setup_experiment()
+
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         # rl_zoo3 ignores trial 0
         if self.algo == ALGO and self.trial_id == 0 and self.storage and self.study_name:
             trial = self.load_trial(self.storage, self.study_name, 0)
             self.custom_hyperparams = trial | (self.custom_hyperparams or {})  # type: ignore[has-type]
-        return super().read_hyperparameters()
+        config = f"{self.params_path}/config.yml"
+        if self.resumes and os.path.exists(config):
+            # The file of the run, not the one that --conf-file names, which may have changed
+            self.config, saved = config, dict(yaml.unsafe_load(Path(config).read_text()))
+            saved |= (self.custom_hyperparams or {}) | (dict(env_kwargs=self.env_kwargs) if self.env_kwargs else {})
+            hyperparams = saved.copy()
+        else:
+            try:
+                hyperparams, saved = super().read_hyperparameters()
+            except (AttributeError, TypeError) as error:
+                raise SystemExit(
+                    f"{self.config} has no dictionary of hyperparameters for each environment: {error}"
+                ) from error
+        if self.algo == ALGO:
+            missing = [name for name in ("n_timesteps", "policy") if name not in saved]
+            if missing:
+                raise SystemExit(f"{self.config} has no {' and '.join(missing)} for {self.env_name.gym_id}")
+            check_count("n_envs", saved.get("n_envs", 1))
+            self._print_settings(saved)
+        return hyperparams, saved
+
+    def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> dict[str, Any]:
+        try:
+            return super().load_trial(storage, study_name, trial_id, convert)
+        except (KeyError, IndexError) as error:
+            raise SystemExit(f"{storage} has no trial {trial_id} of the study {study_name!r}") from error
+
+    def _print_settings(self, saved_hyperparams: dict[str, Any]) -> None:
+        given = {**saved_hyperparams, **(dict(env_kwargs=self.env_kwargs) if self.env_kwargs else {})}
+        given["n_timesteps"] = int(self.n_timesteps if self.n_timesteps > 0 else given["n_timesteps"])
+        elsewhere = ("env", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model", "workers", *given)
+        arguments = signature(REINFORCE).parameters.items()
+        default = {name: argument.default for name, argument in arguments if name not in elsewhere}
+        config = Path(self.config)
+        file = config.name if self.resumes or config.parent == Path(find_config(None)).parent else config
+        print(f"Folder: {self.save_path}")
+        for title, settings in ((f"Set ({file} and options)", given), ("Default", default)):
+            # A value is not split
+            text = " ".join(f"{name}={value!r}".replace(" ", "\0") for name, value in sorted(settings.items()))
+            width, indent = shutil.get_terminal_size().columns - 1, "  "
+            options: Any = dict(subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            print(textwrap.fill(f"{title}: {text}", width, **options).replace("\0", " "))
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> Any:
         is_training = not (eval_env or no_log)
@@ -163,7 +270,7 @@ class Experiments(_Base):
         if self.workers:
             hyperparams["workers"] = self.workers
             # With workers, there is a single environment: keep the number of transitions per batch
-            n_steps = hyperparams.get("n_steps", inspect.signature(REINFORCE).parameters["n_steps"].default)
+            n_steps = hyperparams.get("n_steps", signature(REINFORCE).parameters["n_steps"].default)
             hyperparams["n_steps"] = None if n_steps is None else n_steps * self.n_envs
         return super()._preprocess_action_noise(hyperparams, saved_hyperparams, env)
 
@@ -180,7 +287,7 @@ class Experiments(_Base):
     def create_callbacks(self) -> None:
         super().create_callbacks()
         if self.algo == ALGO and not self.optimize_hyperparameters:
-            command = f"sb3-reinforce train ... -i {self.save_path}, with the same other options"
+            command = shlex.join([*_program(), "train", "-i", self.save_path])
             self.callbacks.append(AtomicCheckpointCallback(self.save_path, resume_command=command))
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
@@ -214,13 +321,26 @@ class Experiments(_Base):
         return env
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
-        # A resumed run keeps its seed, command and hyperparameters
+        command = Path(self.params_path, "command.txt")
         if not self.resumes:
             super()._save_config(saved_hyperparams)
+            if self.algo == ALGO:
+                # rl_zoo3 does not quote the words
+                command.write_text(shlex.join(sys.orig_argv))
+            return
+        # A resumed run keeps its seed, command and hyperparameters, except for the number of timesteps
+        arguments = saved_arguments(self.save_path)
+        n_timesteps = getattr(self.args, "n_timesteps", -1)
+        if arguments and self.n_timesteps > 0 and n_timesteps != arguments["n_timesteps"]:
+            Path(self.params_path, "args.yml").write_text(yaml.dump(arguments | dict(n_timesteps=n_timesteps)))
+            others = re.sub(r" (-n|--n-timesteps)[ =]?\d+", "", command.read_text())
+            command.write_text(f"{others} -n {n_timesteps}")
 
     def learn(self, model: BaseAlgorithm) -> None:
         if not self.resumes:
             return super().learn(model)
+        if self.n_timesteps <= 0:
+            return print(f"The run is complete, with {model.num_timesteps:,} timesteps: -n sets a larger total number")
         learn = functools.partialmethod(REINFORCE.learn, reset_num_timesteps=False)
         with mock.patch.object(REINFORCE, "learn", learn):
             super().learn(model)
@@ -231,23 +351,13 @@ def is_checkpoint(path: str) -> bool:
     return checkpoint_pattern().fullmatch(os.path.basename(path)) is not None
 
 
-def find_checkpoint(options: list[str]) -> list[str]:
-    """
-    Replace the folder of the option ``-i`` of ``train`` by its newest checkpoint.
-
-    :param options: options of ``train``
-    :return: options for rl_zoo3
-    :raises SystemExit: if the folder has no checkpoint
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-i", "--trained-agent", default="")
-    arguments, others = parser.parse_known_args(options)
-    if not os.path.isdir(arguments.trained_agent):
-        return options
-    checkpoint = newest_checkpoint(arguments.trained_agent)
-    if checkpoint is None:
-        raise SystemExit(f"{arguments.trained_agent} has no checkpoint to resume from")
-    return [*others, "--trained-agent", str(checkpoint)]
+def _program() -> list[str]:
+    """Words that start this program in the shell: the installed script, if it is found, or a module of this interpreter."""
+    python = Path(sys.executable)
+    script = shutil.which("sb3-reinforce")
+    if script is not None and Path(script).parent.absolute() == python.parent:
+        return ["sb3-reinforce"]
+    return [str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python), "-m", "sb3_reinforce"]
 
 
 def find_config(name: str | None) -> str:
@@ -370,9 +480,13 @@ def main() -> None:
     )
     parser.add_argument("command", choices=[*COMMANDS, "report"])
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command")
-    arguments = parser.parse_args()
     try:
-        _run(arguments.command, arguments.options)
+        # Errors are one line
+        with mock.patch.object(argparse.ArgumentParser, "print_usage", lambda *args: None):
+            arguments = parser.parse_args()
+            _run(arguments.command, arguments.options)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
         if _needs_traceback(error):
             raise
@@ -382,7 +496,9 @@ def main() -> None:
 def _needs_traceback(error: Exception) -> bool:
     """Return whether an error comes from code of the user: an environment, a callback or a policy."""
     frames = traceback.extract_tb(error.__traceback__)
-    is_running = not {"learn", "reset", "step"}.isdisjoint(frame.name for frame in frames)
+    names = {frame.name for frame in frames}
+    # A log may have no folder
+    is_running = not names.isdisjoint({"learn", "reset", "step"}) and "configure_logger" not in names
     is_ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent.parent)
     # Notes are about environments
     return (is_running and not is_ours) or hasattr(error, "__notes__")
@@ -393,8 +509,9 @@ def _run(command: str, options: list[str]) -> None:
         # Does not need rl_zoo3
         return importlib.import_module("sb3_reinforce.tools.report").main(options)
     register()
-    # The last value of a repeated option counts
-    options = find_checkpoint(options) if command == "train" else options
+    if command != "train":
+        # rl_zoo3 loads models with a learning rate of 0
+        warnings.filterwarnings("ignore", "learning_rate of no effect")
     sys.argv = [f"sb3-reinforce {command}", *COMMANDS[command], *options]
     if command not in _SCRIPTS:
         return getattr(importlib.import_module("rl_zoo3.cli"), command)()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -28,7 +29,6 @@ from tests.executors import FakeExecutor
 from tests.rollouts import StopAt
 from tests.runs.common import PAIR, VECTOR, random_env, weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:rich is experimental")
 #: A VecEnv that steps all sub-environments, and one that does not step idle ones
 STEPS_ALL, SKIPS_IDLE = pytest.param(VecCheckNan, id="steps_all"), pytest.param(lambda env: env, id="skips_idle")
 
@@ -220,24 +220,30 @@ def test_eval_callback_does_not_change_training(eval_env, deterministic, use_sde
 @pytest.mark.parametrize("kwargs", [dict(progress_bar=True), dict(callback=[ProgressBarCallback()])], ids=["true", "callback"])
 @pytest.mark.parametrize("make_env", [DummyVecEnv, EpisodeVecEnv, lambda fns: VecNormalize(EpisodeVecEnv(fns))])
 def test_progress_bars_do_not_count_idle_steps(make_env, kwargs, capsys):
-    model = make_model(env=make_env([lambda length=length: ScriptedEnv([length]) for length in (3, 8)]), n_steps=6)
-    for _ in range(2):
-        before = model.num_timesteps
-        model.learn(10, **kwargs, reset_num_timesteps=False)
-        assert f" {model.num_timesteps - before}/10 " in capsys.readouterr().out
+    """A bar shows the return, and ends where training is stopped, or at its total."""
+    fns = [lambda length=length: Monitor(ScriptedEnv([length])) for length in (3, 8)]
+    model = make_model(env=make_env(fns), n_steps=6)
+    for total in (50, 10):
+        before, bar = model.num_timesteps, kwargs.get("callback", [])
+        stop = ConvertCallback(lambda locals_, globals_, before=before: model.num_timesteps - before < 35)
+        model.learn(total, **kwargs | dict(callback=[*bar, stop]), reset_num_timesteps=False)
+        shown = min(model.num_timesteps - before, total)
+        shown_line = rf"return -?\d+\.\d: +{100 * shown // total}% ━+[^ ]* *{shown}/{total} +\S+ left"
+        assert re.search(shown_line, capsys.readouterr().out)
 
 
 def test_a_progress_bar_is_closed_after_an_error():
-    bar = ProgressBarCallback()
+    bar, journal = ProgressBarCallback(), Journal()
+    journal.on_learn_end = lambda: journal.entries.append(bar.pbar.disable)  # may print
     with pytest.raises(ZeroDivisionError):
-        make_model().learn(20, callback=[bar, at_each_step(lambda locals_: 1 / 0)])
-    assert bar.pbar.disable
+        make_model().learn(20, callback=[journal, bar, at_each_step(lambda locals_: 1 / 0)])
+    assert journal.entries[-1] is True
 
 
 @pytest.mark.parametrize("callback", [Journal(), [Journal(), Journal()], lambda locals_, globals_: True])
 def test_progress_bar_true_can_be_combined_with_any_callback(callback, capsys):
     model = make_model().learn(20, callback=callback, progress_bar=True)
-    assert f"{model.num_timesteps}/20" in capsys.readouterr().out
+    assert "100% ━━━━━━━━━━━━━━━━━━━━ 20/20 " in capsys.readouterr().out
     for journal in callback if isinstance(callback, list) else [callback]:
         assert not isinstance(journal, Journal) or (journal.n_inits, journal.n_calls) == (1, model.num_timesteps)
 

@@ -349,14 +349,8 @@ def _read_command(run: Run) -> None:
 
 
 def _zoo_command(text: str, run: Run) -> str:
-    """Complete RL Zoo's command with quotes and the random seed."""
-    words: list[str] = []
-    for word in text.split():
-        # A space inside brackets is part of an argument
-        if words and sum(map(words[-1].count, "([{")) > sum(map(words[-1].count, ")]}")):
-            words[-1] += f" {word}"
-        else:
-            words.append(word)
+    """Complete the command of ``sb3-reinforce train`` with the random seed."""
+    words = shlex.split(text)
     if words[1:3] == ["-m", "sb3_reinforce"] or Path(words[1]).name == "sb3-reinforce":
         words = ["sb3-reinforce", *words[words.index("train") :]]
     seed = ["--seed", run.seed.removesuffix(" (drawn)")]
