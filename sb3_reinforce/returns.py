@@ -123,5 +123,16 @@ def kl_divergence(old: distributions.Distribution, new: distributions.Distributi
 
     :return: (n_transitions,) nats, summed over action dimensions (sb3-contrib's TRPO takes their mean)
     """
-    divergence = distributions.kl_divergence(old, new)
-    return divergence.reshape(len(divergence), -1).sum(dim=1)
+    parts = [each if isinstance(each, list) else [each] for each in (old.distribution, new.distribution)]
+    if not isinstance(parts[0][0], (th.distributions.Categorical, th.distributions.Bernoulli)):
+        divergence = distributions.kl_divergence(old, new)
+        return divergence.reshape(len(divergence), -1).sum(dim=1)
+    # PyTorch's divergence is infinite where a probability underflows, but its logarithm does not
+    p, q = (th.cat([_log_probs(part) for part in some], dim=1) for some in parts)
+    return (p.exp() * (p - q)).sum(dim=1)
+
+
+def _log_probs(part: Any) -> th.Tensor:
+    """(n_transitions, n_probabilities) log-probabilities of discrete actions."""
+    bits = isinstance(part, th.distributions.Bernoulli)
+    return th.stack([part.logits, th.zeros_like(part.logits)], dim=2).log_softmax(dim=2).flatten(1) if bits else part.logits

@@ -31,12 +31,7 @@ class EpisodeSource:
         self.at_start = np.zeros(env.num_envs, dtype=bool)
 
     def begin(self, last_obs: Any, at_start: np.ndarray) -> Any:
-        """
-        Start the first episodes and return the observations to act on.
-
-        :param last_obs: latest observations, None to reset the environments
-        :param at_start: (n_envs,) whether these are the first of an episode
-        """
+        """Start the first episodes, from observations that may be the first of one, or None to reset. Return observations."""
         try:
             if self.episode_env is not None and self.skips_idle_envs:
                 self.schedule.begin(np.ones_like(at_start))
@@ -69,18 +64,12 @@ class EpisodeSource:
             raise
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        """
-        Step the environments. Idle sub-environments have a reward of 0, done False, and an :func:`idle_info`.
-
-        :raises RuntimeError: if a callback has stepped or reset the environments, or an episode does not end
-        """
+        """Step the environments. Idle sub-environments have a reward of 0, done False, and an :func:`idle_info`."""
         schedule, episode_env, active = self.schedule, self.episode_env, self.schedule.active
         schedule.begin_step()
         if episode_env is not None:
             if episode_env.user is not self.user:
-                raise RuntimeError(
-                    "A callback has stepped or reset the training environment during a rollout: give it its own"
-                )
+                raise RuntimeError("A callback has stepped or reset the training environment during a rollout: use another")
             episode_env.schedule, episode_env.steps_idle_envs = schedule, not self.skips_idle_envs
         try:
             obs, rewards, dones, infos = self.env.step(actions)
