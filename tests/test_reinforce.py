@@ -505,7 +505,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(target_kl: float | None):
 
 @pytest.mark.parametrize(
     ("env", "rate", "reason"),
-    [(ScriptedEnv([4]), 1e30, ""), (RandomEnv(VECTOR, DISCRETE, 4), 1e3, "divergence .* is infinite: take shorter steps")],
+    [(ScriptedEnv([4]), 1e30, ""), (RandomEnv(VECTOR, VECTOR, 4), 1e3, "divergence .* is infinite: take shorter steps")],
 )
 def test_a_step_that_breaks_the_policy_is_undone(env: gym.Env, rate: float, reason: str):
     model = REINFORCE("MlpPolicy", env, n_steps=8, learning_rate=rate, target_kl=None, seed=0)

@@ -235,7 +235,17 @@ class Experiments(_Base):
     def _print_settings(self, saved_hyperparams: dict[str, Any]) -> None:
         given = {**saved_hyperparams, **(dict(env_kwargs=self.env_kwargs) if self.env_kwargs else {})}
         given["n_timesteps"] = int(self.n_timesteps if self.n_timesteps > 0 else given["n_timesteps"])
-        elsewhere = ("env", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model", "workers", *given)
+        elsewhere = (
+            "env",
+            "tensorboard_log",
+            "verbose",
+            "seed",
+            "device",
+            "_init_setup_model",
+            "unsupported",
+            "workers",
+            *given,
+        )
         arguments = signature(REINFORCE).parameters.items()
         default = {name: argument.default for name, argument in arguments if name not in elsewhere}
         config = Path(self.config)

@@ -173,12 +173,14 @@ class Closing(RandomLengthEnv):
 def make_closing(folder: Path) -> gym.Env:
     env = Closing(9)
     env.folder = folder
+    (folder / f"made by {os.getpid()}").touch()
     return env
 
 
 def test_environments_of_processes_are_closed_when_learn_ends(tmp_path: Path):
     make_model(2, env=partial(make_closing, tmp_path), n_episodes=20).learn(1)
-    assert len(list(tmp_path.iterdir())) == 2
+    made = {path.name.removeprefix("made by ") for path in tmp_path.glob("made by *")} - {str(os.getpid())}
+    assert made == {path.name for path in tmp_path.iterdir()} - {path.name for path in tmp_path.glob("made by *")} != set()
 
 
 @on("threads", slow=("pool", "spawned", "dask", "actors"))
