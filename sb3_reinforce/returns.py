@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch as th
 from stable_baselines3.common import distributions
+from stable_baselines3.common.distributions import BernoulliDistribution, CategoricalDistribution, MultiCategoricalDistribution
 
 AdvantageName = Literal["monte_carlo", "q", "advantage", "td"]
 
@@ -123,16 +124,15 @@ def kl_divergence(old: distributions.Distribution, new: distributions.Distributi
 
     :return: (n_transitions,) nats, summed over action dimensions (sb3-contrib's TRPO takes their mean)
     """
-    parts = [each if isinstance(each, list) else [each] for each in (old.distribution, new.distribution)]
-    if not isinstance(parts[0][0], (th.distributions.Categorical, th.distributions.Bernoulli)):
-        divergence = distributions.kl_divergence(old, new)
-        return divergence.reshape(len(divergence), -1).sum(dim=1)
+    if type(old) not in (BernoulliDistribution, CategoricalDistribution, MultiCategoricalDistribution):
+        return distributions.kl_divergence(old, new).unsqueeze(-1).flatten(1).sum(dim=1)
     # PyTorch's divergence is infinite where a probability underflows, but its logarithm does not
-    p, q = (th.cat([_log_probs(part) for part in some], dim=1) for some in parts)
-    return (p.exp() * (p - q)).sum(dim=1)
+    p, q = map(_log_probs, (old.distribution, new.distribution))
+    return (p.exp() * (p - q)).masked_fill(p.exp() == 0, 0).sum(dim=1)
 
 
-def _log_probs(part: Any) -> th.Tensor:
+def _log_probs(parts: Any) -> th.Tensor:
     """(n_transitions, n_probabilities) log-probabilities of discrete actions."""
-    bits = isinstance(part, th.distributions.Bernoulli)
-    return th.stack([part.logits, th.zeros_like(part.logits)], dim=2).log_softmax(dim=2).flatten(1) if bits else part.logits
+    if isinstance(parts, th.distributions.Bernoulli):
+        return th.cat([th.nn.functional.logsigmoid(logits) for logits in (parts.logits, -parts.logits)], dim=1)
+    return th.cat([part.logits for part in parts], dim=1) if isinstance(parts, list) else parts.logits

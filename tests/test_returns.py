@@ -259,14 +259,16 @@ def test_divergence_of_bits_is_a_sum_over_all_combinations(data: st.DataObject, 
     np.testing.assert_allclose(kl_divergence(*distributions), expected, rtol=1e-6, atol=1e-9)
 
 
-@given(arrays(np.float32, (2, 3, 4), elements=st.floats(-200, 200, width=32)))
-def test_divergence_of_actions_whose_probabilities_underflow_is_finite(pair: np.ndarray):
-    p, q = log_softmax(pair.astype(np.float64), axis=-1)
-    found = kl_divergence(*(CategoricalDistribution(4).proba_distribution(th.tensor(scores)) for scores in pair))
-    np.testing.assert_allclose(found, np.sum(np.exp(p) * (p - q), axis=-1), rtol=1e-3, atol=1e-3)
+@given(arrays(np.float32, (2, 3, 4), elements=st.floats(-200, 200, width=32)), st.integers(0, 3))
+def test_divergence_of_actions_whose_probabilities_underflow_is_finite(pair: np.ndarray, n_masked: int):
     p, q = log_softmax(np.stack([pair, 0 * pair], axis=-1).astype(np.float64), axis=-1)
     found = kl_divergence(*(BernoulliDistribution(4).proba_distribution(th.tensor(scores)) for scores in pair))
     np.testing.assert_allclose(found, np.sum(np.exp(p) * (p - q), axis=(-2, -1)), rtol=1e-3, atol=1e-3)
+    # Actions that a policy excludes
+    pair[:, :, :n_masked] = -np.inf
+    p, q = log_softmax(pair[:, :, n_masked:].astype(np.float64), axis=-1)
+    found = kl_divergence(*(CategoricalDistribution(4).proba_distribution(th.tensor(scores)) for scores in pair))
+    np.testing.assert_allclose(found, np.sum(np.exp(p) * (p - q), axis=-1), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("squash", [False, True])
