@@ -236,8 +236,8 @@ class Experiments(_Base):
         given = {**saved_hyperparams, **(dict(env_kwargs=self.env_kwargs) if self.env_kwargs else {})}
         given["n_timesteps"] = int(self.n_timesteps if self.n_timesteps > 0 else given["n_timesteps"])
         elsewhere = ("env", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model", "workers", *given)
-        arguments = signature(REINFORCE).parameters.items()
-        default = {name: argument.default for name, argument in arguments if name not in elsewhere}
+        arguments = (argument for argument in signature(REINFORCE).parameters.values() if argument.name not in elsewhere)
+        default = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
         config = Path(self.config)
         file = config.name if self.resumes or config.parent == Path(find_config(None)).parent else config
         print(f"Folder: {self.save_path}")
@@ -478,8 +478,10 @@ def main() -> None:
         prog="sb3-reinforce",
         description="RL Zoo's commands with REINFORCE, and HTML reports. Options: `sb3-reinforce COMMAND --help`",
     )
-    parser.add_argument("command", choices=[*COMMANDS, "report"])
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command")
+    commands = [*COMMANDS, "report"]
+    parser.add_argument("command", metavar="COMMAND", choices=commands, help=", ".join(commands))
+    # argparse counts the remainder as required
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command").required = False
     try:
         # Errors are one line
         with mock.patch.object(argparse.ArgumentParser, "print_usage", lambda *args: None):
