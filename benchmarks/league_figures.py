@@ -47,10 +47,13 @@ def table(scores: dict[str, dict[str, np.ndarray]], seconds: dict[str, dict[str,
         cells = []
         for algo, values in found.items():
             bold = "**" if iqm(values) == best else ""
-            low, high = interval(values, iqm)
             digits = 2 if abs(best) < 10 else 0
-            span = "" if len(values) < 2 else f" [{low:.{digits}f}, {high:.{digits}f}], worst {values.min():.{digits}f}"
-            cells.append(f"{bold}{iqm(values):.{digits}f}{bold}{span}; {seconds[env_id][algo]:.0f} s")
+            # "z": no negative zeros
+            middle, low, high, worst = (
+                f"{value:z.{digits}f}" for value in (iqm(values), *interval(values, iqm), values.min())
+            )
+            span = "" if len(values) < 2 else f" [{low}, {high}], worst {worst}"
+            cells.append(f"{bold}{middle}{bold}{span}; {seconds[env_id][algo]:.0f} s")
         rows.append((env_id, f"{TASKS[env_id] / 1e6:g} M", len(values), *cells))
     means = [np.mean([iqm(normalize(found)[algo]) for found in scores.values()]) for algo in ALGORITHMS]
     # Several may be first, but not all

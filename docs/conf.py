@@ -34,6 +34,8 @@ html_math_renderer = "mathml"
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
 myst_heading_anchors = 3
+# Keep the quotes of argument values straight, so that they can be copied
+smartquotes_action = "De"
 # Show the committed outputs, which `make notebook` renews
 nb_execution_mode = "off"
 

@@ -60,7 +60,7 @@ class SeededEvaluations(EvalCallback):
 def main() -> None:
     arguments = parse_arguments()
     folder = arguments.resume or new_folder(arguments)
-    print(f"Training on {ENV} until it is solved;\neverything goes to {folder}")
+    print(f"Training on {ENV} until an evaluation returns {arguments.threshold:g};\neverything goes to {folder}")
     # Small networks are fastest with one thread
     th.set_num_threads(1)
 

@@ -14,7 +14,6 @@ import functools
 import glob
 import importlib
 import os
-import re
 import runpy
 import shlex
 import shutil
@@ -50,6 +49,7 @@ from sb3_reinforce.tools.checkpoints import (
     newest_checkpoint,
     restore_evaluations,
     statistics_path,
+    write_atomically,
 )
 from sb3_reinforce.tools.env_factory import EnvFactory
 
@@ -235,19 +235,9 @@ class Experiments(_Base):
     def _print_settings(self, saved_hyperparams: dict[str, Any]) -> None:
         given = {**saved_hyperparams, **(dict(env_kwargs=self.env_kwargs) if self.env_kwargs else {})}
         given["n_timesteps"] = int(self.n_timesteps if self.n_timesteps > 0 else given["n_timesteps"])
-        elsewhere = (
-            "env",
-            "tensorboard_log",
-            "verbose",
-            "seed",
-            "device",
-            "_init_setup_model",
-            "unsupported",
-            "workers",
-            *given,
-        )
-        arguments = signature(REINFORCE).parameters.items()
-        default = {name: argument.default for name, argument in arguments if name not in elsewhere}
+        elsewhere = ("env", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model", "workers", *given)
+        arguments = (argument for argument in signature(REINFORCE).parameters.values() if argument.name not in elsewhere)
+        default = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
         config = Path(self.config)
         file = config.name if self.resumes or config.parent == Path(find_config(None)).parent else config
         print(f"Folder: {self.save_path}")
@@ -342,9 +332,11 @@ class Experiments(_Base):
         arguments = saved_arguments(self.save_path)
         n_timesteps = getattr(self.args, "n_timesteps", -1)
         if arguments and self.n_timesteps > 0 and n_timesteps != arguments["n_timesteps"]:
-            Path(self.params_path, "args.yml").write_text(yaml.dump(arguments | dict(n_timesteps=n_timesteps)))
-            others = re.sub(r" (-n|--n-timesteps)[ =]?\d+", "", command.read_text())
-            command.write_text(f"{others} -n {n_timesteps}")
+            changed = yaml.dump(arguments | dict(n_timesteps=n_timesteps))
+            write_atomically(Path(self.params_path, "args.yml"), changed.encode())
+            if command.exists():
+                # The last value of a repeated option counts
+                write_atomically(command, f"{command.read_text()} -n {n_timesteps}".encode())
 
     def learn(self, model: BaseAlgorithm) -> None:
         if not self.resumes:
@@ -488,8 +480,10 @@ def main() -> None:
         prog="sb3-reinforce",
         description="RL Zoo's commands with REINFORCE, and HTML reports. Options: `sb3-reinforce COMMAND --help`",
     )
-    parser.add_argument("command", choices=[*COMMANDS, "report"])
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command")
+    commands = [*COMMANDS, "report"]
+    parser.add_argument("command", metavar="COMMAND", choices=commands, help=", ".join(commands))
+    # argparse counts the remainder as required
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command").required = False
     try:
         # Errors are one line
         with mock.patch.object(argparse.ArgumentParser, "print_usage", lambda *args: None):
