@@ -335,8 +335,10 @@ class Experiments(_Base):
             changed = yaml.dump(arguments | dict(n_timesteps=n_timesteps))
             write_atomically(Path(self.params_path, "args.yml"), changed.encode())
             if command.exists():
-                # The last value of a repeated option counts
-                write_atomically(command, f"{command.read_text()} -n {n_timesteps}".encode())
+                parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+                parser.add_argument("-n", "--n-timesteps")
+                _, others = parser.parse_known_args(shlex.split(command.read_text()))
+                write_atomically(command, shlex.join([*others, "-n", str(n_timesteps)]).encode())
 
     def learn(self, model: BaseAlgorithm) -> None:
         if not self.resumes:
