@@ -89,10 +89,10 @@ def main() -> None:
     evaluate_now_and_then.last_time_trigger = restore_evaluations(evaluations, folder / "evaluations.npz", model.num_timesteps)
     checkpoints = AtomicCheckpointCallback(folder / "checkpoints", every_n_minutes=0.1, resume_command=resume_command(folder))
     callbacks = [evaluate_now_and_then, checkpoints]
-    started = time.perf_counter()
+    started, n_before = time.perf_counter(), model.num_timesteps
     try:
         model.learn(
-            arguments.timesteps - model.num_timesteps,
+            max(0, arguments.timesteps - model.num_timesteps),
             callback=callbacks,
             reset_num_timesteps=checkpoint is None,
             progress_bar=True,
@@ -110,7 +110,10 @@ def main() -> None:
 
     plot_learning_curve(folder, model.num_timesteps, np.array(returns))
     video_return = record_video(model, folder / "landing.mp4")
+    # Of the last part of a run that was resumed
+    speed = (model.num_timesteps - n_before) / seconds
     result = dict(seed=arguments.seed, steps=model.num_timesteps, seconds=seconds, returns=returns, lengths=lengths)
+    result["steps_per_second"] = speed
     write_summary(folder, model, result, video_return)
     write_report([folder])
     print(final_lines(folder, np.array(returns), video_return))
@@ -235,8 +238,9 @@ def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: fl
     saved = {"command": command, "versions": versions, "machine": machine, **result}
     (folder / "result.json").write_text(json.dumps(saved) + "\n")
 
-    returns, steps, seconds = np.array(result["returns"]), result["steps"], result["seconds"]
-    training = f"{steps:,} steps, {seconds:.0f} s, {steps / seconds:,.0f} steps/s"
+    returns, steps = np.array(result["returns"]), result["steps"]
+    training = f"{steps:,} steps, {result['steps_per_second']:,.0f} steps/s"
+    path = shlex.quote(str(folder))
     settings = f"n_steps={model.n_steps}, target_kl={model.target_kl}, cg_damping={model.cg_damping}"
     summary = f"""# REINFORCE on {ENV}
 
@@ -251,13 +255,13 @@ def write_summary(folder: Path, model: REINFORCE, result: dict, video_return: fl
 | versions | {", ".join(f"{name} {number}" for name, number in versions.items())} |
 | command | `{command}` |
 
-- `model.zip`: `REINFORCE.load("{folder}/model")`; `checkpoints/`: used by `--resume {folder}`
+- `model.zip`: `REINFORCE.load("{folder}/model")`; `checkpoints/`: used by `--resume {path}`
 - `learning_curve.png`, `*.monitor.csv`: return and length of each training episode (read them with SB3's `load_results`)
 - `evaluations.npz`: returns of the deterministic policy during training (SB3's `EvalCallback`)
 - `landing.mp4`: one episode of the deterministic policy, return {video_return:.0f}
 - `report.html`: all results on one page, with the video, hyperparameters and diagnostics
 - `result.json`: results for scripts, with the return and length of each evaluation episode
-- `tensorboard/`: `tensorboard --logdir {folder}/tensorboard`
+- `tensorboard/`: `tensorboard --logdir {path}/tensorboard`
 """
     (folder / "summary.md").write_text(summary, encoding="utf-8")
 

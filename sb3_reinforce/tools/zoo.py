@@ -309,6 +309,8 @@ class Experiments(_Base):
         for callback in self.callbacks:
             if isinstance(callback, EvalCallback):
                 restore_evaluations(callback, f"{self.save_path}/evaluations.npz", model.num_timesteps)
+                # Evaluations are due every eval_freq calls
+                callback.n_calls = model.num_timesteps // env.num_envs
         return model
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
