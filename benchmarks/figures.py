@@ -272,7 +272,12 @@ def curves(env_id: str, path: Path) -> None:
         for axes, what in zip(panels, ("steps", "seconds"), strict=True):
             # A2C and Tianshou have no other runs
             is_shown = env_id != LANDER or (what == "seconds") == (name in IN_TURN)
-            if runs and is_shown:
+            if runs and is_shown and name in IN_TURN:
+                # These runs end at different times
+                for run in runs:
+                    x, y = zip(*((point[what], point["mean_return"]) for point in run["evaluations"]), strict=True)
+                    axes.plot(x, y, "-o", color=COLORS[name], linewidth=0.8, markersize=4, markevery=[-1])
+            elif runs and is_shown:
                 band(axes, runs, what, COLORS[name], re.sub("^(race|final)-|-300k$", "", name))
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
     panels[0].set_xlim(left=0)
