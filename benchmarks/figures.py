@@ -348,7 +348,8 @@ def headline() -> str:
 
 def stops() -> str:
     """Describe the length of `make train`, which has the hyperparameters of reinforce.yml."""
-    steps = [reached_at(run, "steps", 250.0) for run in read(LANDER, "reinforce-300k")]
+    if not (steps := [reached_at(run, "steps", 250.0) for run in read(LANDER, "reinforce-300k")]):
+        return "It stops when an evaluation reaches a mean return of 250."
     return (
         f"It stops when an evaluation reaches a mean return of 250: after {min(steps):,.0f} to {max(steps):,.0f} steps with "
         f"{len(steps)} seeds, with a median of {np.median(steps):,.0f}. The number depends on seed and processor."
