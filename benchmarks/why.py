@@ -141,10 +141,7 @@ def thin(values: list[Any]) -> list[Any]:
 def run(name: str, seed: int, timesteps: int | None) -> None:
     th.set_num_threads(1)
     what = RUNS[name]
-    wrapper = what.wrapper or (lambda env: env)
-    model = REINFORCE(
-        "MlpPolicy", lambda: wrapper(gym.make(what.env_id, **what.env_kwargs)), seed=seed, device="cpu", **what.kwargs
-    )
+    model = REINFORCE("MlpPolicy", what.make, seed=seed, device="cpu", **what.kwargs)
     log, episodes = Log(), Episodes()
     model.set_logger(Logger(None, [log]))
     model.learn(timesteps or what.timesteps, callback=episodes)
@@ -162,7 +159,7 @@ def run(name: str, seed: int, timesteps: int | None) -> None:
         settings=what.settings,
         timesteps=model.num_timesteps,
         updates=model._n_updates,
-        log={key: [(step, float(f"{x:.4g}")) for step, x in points] for key, points in logged.items() if points},
+        log={key: points for key, points in logged.items() if points},
         episodes=[[step, round(r, 2), length] for step, (r, length) in thin(list(zip(steps, episodes.found, strict=True)))],
         final_return=round(float(np.mean(final)), 2),
     )

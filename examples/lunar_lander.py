@@ -110,10 +110,9 @@ def main() -> None:
 
     plot_learning_curve(folder, model.num_timesteps, np.array(returns))
     video_return = record_video(model, folder / "landing.mp4")
-    # Of the last part of a run that was resumed
-    speed = (model.num_timesteps - n_before) / seconds
-    result = dict(seed=arguments.seed, steps=model.num_timesteps, seconds=seconds, returns=returns, lengths=lengths)
-    result["steps_per_second"] = speed
+    result = dict(seed=arguments.seed, steps=model.num_timesteps, returns=returns, lengths=lengths)
+    # A resumed run only knows the time of its last part
+    result |= dict(seconds=seconds, steps_per_second=(model.num_timesteps - n_before) / seconds)
     write_summary(folder, model, result, video_return)
     write_report([folder])
     print(final_lines(folder, np.array(returns), video_return))

@@ -89,7 +89,7 @@ class REINFORCE(EpisodicAlgorithm):
         e.g. of a cluster. The environment must then be an id, an ``EnvSpec`` or a function. Results do not depend on it
     :param device: Device (cpu, cuda, ...) on which the code should be run, "auto" for the GPU if possible
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :raises ValueError: if an argument is out of its range, or a space of the environment is not supported
+    :raises ValueError: if an argument is out of its range, or a space is not supported (TypeError: unknown arguments)
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
