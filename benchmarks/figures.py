@@ -9,6 +9,8 @@ reinforcement learning at the edge of the statistical precipice"). For a single 
 ordinary bootstrap.
 """
 
+import csv
+import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from benchmarks import where_figures
-from benchmarks.common import ADVANTAGES, IMAGES, PAGE, README, STEP, fill, read_folder
+from benchmarks.common import ADVANTAGES, IMAGES, PAGE, README, RESULTS, STEP, fill, read_folder
 from benchmarks.learning import FOLDER
 from sb3_reinforce.returns import AdvantageName
 from sb3_reinforce.tools.report.estimates import count, interval, iqm
@@ -96,7 +98,7 @@ MUJOCO: dict[str, tuple[float, float | None, float | None]] = {
     "InvertedDoublePendulum": (7726, None, None),
 }
 #: Tasks with runs of other algorithms, and the folder of REINFORCE's runs with the same ``gamma``
-BESIDE = {"HalfCheetah": "reinforce", "Hopper": "reinforce", "Swimmer": "gamma-0.9999"}
+BESIDE = {"HalfCheetah": "reinforce", "Hopper": "defaults", "Swimmer": "gamma-0.9999"}
 #: Rows of the table of peers, by name in the race: label, and folder with the final returns
 PEERS = {
     "defaults": ("REINFORCE, defaults", "defaults"),
@@ -106,6 +108,15 @@ PEERS = {
     "a2c": ("A2C", "race-a2c"),
     "tianshou": ("Tianshou's Reinforce", "race-tianshou"),
 }
+
+
+#: Settings of ``step_search.csv`` that are compared to the defaults
+TRIED: tuple[dict[str, Any], ...] = (
+    dict(max_episode_steps=400),
+    dict(max_episode_steps=500),
+    dict(n_episodes="5 + n / 20"),
+    dict(max_episode_steps=500, n_episodes="5 + n / 20"),
+)
 
 
 def read(env_id: str, name: str) -> list[dict[str, Any]]:
@@ -265,7 +276,7 @@ def curves(env_id: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, constrained_layout=True)
     for name, runs in runs_of.items():
@@ -281,6 +292,7 @@ def curves(env_id: str, path: Path) -> None:
                 band(axes, runs, what, COLORS[name], re.sub("^(race|final)-|-300k$", "", name))
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
     panels[0].set_xlim(left=0)
+    panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     seconds = ", until the first evaluation of 200" if env_id == LANDER else ""
     panels[1].set(xlabel=f"seconds of training, one core{seconds}", xscale="log")
     panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -301,20 +313,23 @@ def group_curves(group: Group) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     env_ids = group_envs(group)
     n_rows = (len(env_ids) + 2) // 3
-    size = (5 * min(3, len(env_ids)), 3.8 * n_rows)
+    size = (max(7, 5 * min(3, len(env_ids))), 3.8 * n_rows + 0.8)
     figure, panels = plt.subplots(n_rows, min(3, len(env_ids)), figsize=size, squeeze=False, constrained_layout=True)
     for axes, env_id in zip(panels.flat, env_ids, strict=False):
         for name, color in group.colors.items():
             if runs := read(env_id, group.prefix + name):
                 band(axes, runs, "steps", color, name)
         axes.set(xlabel="steps", title=env_id)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if env_id == LANDER:
             axes.axhline(SOLVED, color="gray", linestyle=":")
     panels[0, 0].set_ylabel("return of the deterministic policy")
-    panels.flat[len(env_ids) - 1].legend()
+    entries = {label: line for axes in panels.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3)
     figure.savefig(IMAGES / f"{group.page.stem}.png", dpi=100)
 
 
@@ -386,14 +401,21 @@ def mujoco() -> str:
     """Create a table of final returns on MuJoCo, with published returns of plain policy gradients and TRPO."""
     rows: list[tuple[Any, ...]] = []
     for task, others in MUJOCO.items():
-        for name, label in (("reinforce", task), ("gamma-0.9999", f"{task}, `gamma=0.9999`")):
+        for name, label in (
+            ("reinforce", task),
+            ("defaults", f"{task}, defaults"),
+            ("gamma-0.9999", f"{task}, `gamma=0.9999`"),
+        ):
             if len(returns := finals(f"{task}-v5", name)):
                 mark = "**" if iqm(returns) >= max(other for other in others[:2] if other is not None) else ""
-                worst_best = f"{returns.min():.1f}, {returns.max():.1f}"
+                steps = np.median([run["timesteps"] for run in read(f"{task}-v5", name)])
                 texts = ["-" if other is None else f"{other:g}" for other in others]
-                rows.append((label, len(returns), score(returns, digits=1, bold=mark), worst_best, *texts))
+                worst_best = f"{returns.min():.1f}, {returns.max():.1f}"
+                ours = (f"{steps / 1e6:.2g} M", len(returns), score(returns, digits=1, bold=mark), worst_best)
+                rows.append((label, *ours, *texts))
     return markdown(
-        ["task", "seeds", "return: IQM [95% interval]", "worst and best seed", "Tianshou", "Spinning Up", "TRPO"], rows
+        ["task", "steps", "seeds", "return: IQM [95% interval]", "worst and best seed", "Tianshou", "Spinning Up", "TRPO"],
+        rows,
     )
 
 
@@ -414,6 +436,29 @@ def beside() -> str:
     )
 
 
+def search() -> str:
+    """Create a table of mean returns with other settings, and with the defaults on the same seeds, used for tuning."""
+    returns: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    with (RESULTS / "step_search.csv").open() as file:
+        for row in csv.DictReader(file):
+            if (
+                row["rule_of_target_kl"].startswith("0.0125 min(1, max(4 signal, 1 / (1 + n / 40)))")
+                and row["log_prob"] == "clipped"
+            ):
+                returns[row["env"], row["other_settings"]][row["seed"]] = float(row["final_return"])
+    rows: list[tuple[Any, ...]] = []
+    for env_id in sorted({env_id for env_id, _ in returns}):
+        for settings in TRIED:
+            ours, others = returns[env_id, "{}"], returns[env_id, json.dumps(settings)]
+            if len(seeds := sorted(ours.keys() & others.keys())) >= 3:
+                means = [
+                    f"{np.mean([found[seed] for seed in seeds]):.4g}, {min(found[seed] for seed in seeds):.4g}"
+                    for found in (ours, others)
+                ]
+                rows.append((env_id, ", ".join(f"`{name}={value}`" for name, value in settings.items()), len(seeds), *means))
+    return markdown(["environment", "settings", "seeds", "defaults: mean, worst", "settings: mean, worst"], rows)
+
+
 def main() -> None:
     where_figures.main()
     for folder in sorted(FOLDER.iterdir()):
@@ -422,6 +467,7 @@ def main() -> None:
     fill(PAGE, "commands", commands())
     fill(PAGE, "mujoco", mujoco())
     fill(PAGE, "beside", beside())
+    fill(STEP, "search", search())
     fill(README, "headline", headline())
     fill(README, "stops", stops())
     fill(README, "peers", peers())

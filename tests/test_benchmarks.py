@@ -31,6 +31,8 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     groups = [group._replace(page=tmp_path / group.page.name) for group in figures.GROUPS]
     monkeypatch.setattr(figures, "GROUPS", groups)
     pages |= {group.page.name: (group.block,) for group in groups}
+    monkeypatch.setattr(figures, "STEP", tmp_path / "step.md")
+    pages["step.md"] += ("search",)
     del pages["ADVANTAGES"]
     for name, blocks in pages.items():
         monkeypatch.setattr(where_figures if name == "WHERE" else figures, name, tmp_path / name, raising=False)
@@ -157,6 +159,7 @@ def test_pages_contain_the_committed_results():
             soak=soak.summary(results["soak"]),
             throughput=throughput.table(results["throughput"]),
         ),
+        common.STEP: {"step-table": figures.group_table(figures.GROUPS[1]), "search": figures.search()},
         common.SCALING: dict(workers=workers.table(results["workers"]), paper=workers.paper(results["workers"]["curve"])),
         common.WHERE: {f"where-{task}": where_figures.block(task) for task in where.TASKS},
     }

@@ -47,7 +47,7 @@ FILLED = {
     "docs/advantages.md": ["advantages", "variance"],
     "docs/benchmarks.md": ["article", "beside", "league", "learning", "mujoco", "soak", "throughput"],
     "docs/scaling.md": ["paper", "threads", "workers"],
-    "docs/step.md": ["step-table"],
+    "docs/step.md": ["search", "step-table"],
     "docs/where.md": [f"where-{task}" for task in TASKS],
     "docs/why.md": [f"why-{name}" for name in PAIRS],
 }
