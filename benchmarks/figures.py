@@ -38,13 +38,15 @@ COLORS = {
     "final-ppo": "tab:orange",
     "race-defaults": "tab:blue",
     "race-reinforce": "tab:cyan",
+    "race-workers": "tab:purple",
+    "race-envpool": "tab:green",
     "race-trpo": "tab:red",
     "race-ppo": "tab:orange",
     "race-a2c": "tab:brown",
     "race-tianshou": "tab:gray",
 }
-#: On the lander, runs that took turns on one core, until 200. All others have no comparable timings
-IN_TURN = ("race-defaults", "race-reinforce", "race-trpo", "race-ppo")
+#: On the lander, runs that took turns, until 200. All others have no comparable timings
+IN_TURN = ("race-defaults", "race-reinforce", "race-workers", "race-envpool", "race-trpo", "race-ppo")
 
 
 class Group(NamedTuple):
@@ -103,6 +105,8 @@ BESIDE = {"HalfCheetah": "reinforce", "Hopper": "defaults", "Swimmer": "gamma-0.
 PEERS = {
     "defaults": ("REINFORCE, defaults", "defaults"),
     "reinforce": ("REINFORCE, `reinforce.yml`", "reinforce-300k"),
+    "workers": ("the same, `workers=2`, two cores", "final-workers"),
+    "envpool": ("the same, 16 EnvPool environments", "final-envpool"),
     "trpo": ("TRPO", "final-trpo"),
     "ppo": ("PPO", "final-ppo"),
     "a2c": ("A2C", "race-a2c"),
@@ -286,15 +290,17 @@ def curves(env_id: str, path: Path) -> None:
             if runs and is_shown and name in IN_TURN:
                 # These runs end at different times
                 for run in runs:
+                    # Other runs of the same algorithms have a label in the left panel
+                    label = name.removeprefix("race-") if run is runs[0] and name in ("race-workers", "race-envpool") else None
                     x, y = zip(*((point[what], point["mean_return"]) for point in run["evaluations"]), strict=True)
-                    axes.plot(x, y, "-o", color=COLORS[name], linewidth=0.8, markersize=4, markevery=[-1])
+                    axes.plot(x, y, "-o", color=COLORS[name], linewidth=0.8, markersize=4, markevery=[-1], label=label)
             elif runs and is_shown:
                 band(axes, runs, what, COLORS[name], re.sub("^(race|final)-|-300k$", "", name))
     panels[0].set(xlabel="steps", ylabel="return of the deterministic policy", title=env_id)
     panels[0].set_xlim(left=0)
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     seconds = ", until the first evaluation of 200" if env_id == LANDER else ""
-    panels[1].set(xlabel=f"seconds of training, one core{seconds}", xscale="log")
+    panels[1].set(xlabel=f"seconds of training{seconds}", xscale="log")
     panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panels[1].xaxis.set_minor_formatter(NullFormatter())
@@ -303,7 +309,9 @@ def curves(env_id: str, path: Path) -> None:
             axes.axhline(SOLVED, color="gray", linestyle=":")
             # A2C starts far below
             axes.set_ylim(bottom=-300)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    # On the lander, the panels have different runs
+    entries = () if env_id == LANDER else panels[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=100)
 
 

@@ -33,10 +33,10 @@ def returns(runs: list[dict[str, Any]]) -> np.ndarray:
 
 
 def normalize(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Normalize the scores of runs by the lowest and the highest IQM on their task."""
+    """Normalize the scores of runs by the lowest and the highest IQM on their task, to 1 if these are equal."""
     iqms = [iqm(values) for values in scores.values()]
     low, high = min(iqms), max(iqms)
-    return {algo: (values - low) / (high - low or 1.0) for algo, values in scores.items()}
+    return {algo: (values - low) / (high - low) if high > low else np.ones_like(values) for algo, values in scores.items()}
 
 
 def table(scores: dict[str, dict[str, np.ndarray]], seconds: dict[str, dict[str, float]]) -> str:

@@ -11,7 +11,19 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import article, common, figures, learning, soak, throughput, variance, where, where_figures, workers
+from benchmarks import (
+    article,
+    common,
+    figures,
+    league_figures,
+    learning,
+    soak,
+    throughput,
+    variance,
+    where,
+    where_figures,
+    workers,
+)
 
 
 @pytest.fixture
@@ -282,3 +294,10 @@ def test_moments(gradients: np.ndarray):
     (squared_mean,), (trace,) = variance.moments(gradients @ gradients.T, np.ones((1, n)))
     assert trace == pytest.approx(np.trace(np.cov(gradients.T)))
     assert squared_mean == pytest.approx(np.sum(gradients.mean(axis=0) ** 2) - trace / n)
+
+
+def test_scores_of_a_task_are_normalized_by_its_lowest_and_highest_iqm():
+    low, middle, high = (np.array([value, value]) for value in (-3.0, 1.0, 5.0))
+    normalized = league_figures.normalize({"a": middle, "b": low, "c": high})
+    assert {name: values[0] for name, values in normalized.items()} == {"a": 0.5, "b": 0.0, "c": 1.0}
+    assert league_figures.normalize({"a": low, "b": low})["b"].tolist() == [1.0, 1.0]
