@@ -446,18 +446,16 @@ def beside() -> str:
 
 def search() -> str:
     """Create a table of mean returns with other settings, and with the defaults on the same seeds, used for tuning."""
-    returns: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    rule = ("0.0125 min(1, max(4 signal, 1 / (1 + n / 40)))", "0", "clipped")
+    returns: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
     with (RESULTS / "step_search.csv").open() as file:
         for row in csv.DictReader(file):
-            if (
-                row["rule_of_target_kl"].startswith("0.0125 min(1, max(4 signal, 1 / (1 + n / 40)))")
-                and row["log_prob"] == "clipped"
-            ):
-                returns[row["env"], row["other_settings"]][row["seed"]] = float(row["final_return"])
+            if (row["rule_of_target_kl"], row["prior_of_signal"], row["log_prob"]) == rule:
+                returns[row["env"], row["steps"], row["other_settings"]][row["seed"]] = float(row["final_return"])
     rows: list[tuple[Any, ...]] = []
-    for env_id in sorted({env_id for env_id, _ in returns}):
+    for env_id, steps in sorted({(env_id, steps) for env_id, steps, _ in returns}):
         for settings in TRIED:
-            ours, others = returns[env_id, "{}"], returns[env_id, json.dumps(settings)]
+            ours, others = returns[env_id, steps, "{}"], returns[env_id, steps, json.dumps(settings)]
             if len(seeds := sorted(ours.keys() & others.keys())) >= 3:
                 means = [
                     f"{np.mean([found[seed] for seed in seeds]):.4g}, {min(found[seed] for seed in seeds):.4g}"
