@@ -190,6 +190,7 @@ def test_damaged_parts_are_listed(runs: list[Path], content: bytes):
     shutil.copy(runs[1] / "evaluations.npz", runs[0])
     page = Page(write_report(runs[:1]))
     assert all(f"{what}: " in page.text for what in PIECES.keys() - {EVALUATIONS, "Video", "Diagnostics"})
+    assert "Hyperparameters: BadZipFile: File is not a zip file" in page.text
     np.savez(runs[1] / "evaluations.npz", timesteps=[1], results=[[1e308]])
     assert "numbers below" in read_run(runs[1]).missing[EVALUATIONS]
 

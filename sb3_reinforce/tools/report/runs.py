@@ -115,7 +115,7 @@ def read_run(folder: str | Path) -> Run:
         try:
             read(run)
         except Exception as error:
-            run.missing[what] = str(error) if isinstance(error, ValueError) else repr(error)
+            run.missing[what] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     run.threshold = getattr(registry.get(run.env_id), "reward_threshold", None)
     if run.episodes is None and run.final_returns is None and not (run.model or run.scalars):
         inside = find_files(folder, f"*/*{Monitor.EXT}", "*/evaluations.npz")
