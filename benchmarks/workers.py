@@ -93,7 +93,7 @@ def lander_rate(workers: int | None, n_steps: int) -> tuple[float, float]:
 
 def sleeper_rate(workers: Any, n_episodes: int) -> float:
     """Measure the transitions per second of REINFORCE on the sleeping environment."""
-    model = REINFORCE("MlpPolicy", Sleeper, n_episodes=n_episodes, seed=0, device="cpu", workers=workers)
+    model = REINFORCE("MlpPolicy", Sleeper, n_steps=None, n_episodes=n_episodes, seed=0, device="cpu", workers=workers)
     callback = Clock()
     model.learn(4 * n_episodes * MEAN_STEPS, callback=callback)
     return callback.rate()
