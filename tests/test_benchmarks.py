@@ -301,3 +301,8 @@ def test_scores_of_a_task_are_normalized_by_its_lowest_and_highest_iqm():
     normalized = league_figures.normalize({"a": middle, "b": low, "c": high})
     assert {name: values[0] for name, values in normalized.items()} == {"a": 0.5, "b": 0.0, "c": 1.0}
     assert league_figures.normalize({"a": low, "b": low})["b"].tolist() == [1.0, 1.0]
+
+
+def test_small_batches_of_sleeping_environments_are_several(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers, "SLEEP", 0)
+    assert workers.sleeper_rate(None, workers.EPISODES) > 0
