@@ -165,12 +165,10 @@ def divergence_of_signal(signal: float, n_updates: int) -> float:
     return 0.0125 * min(1.0, max(4 * signal, 1 / (1 + n_updates / 40)))
 
 
-def length_of_divergence(
-    divergence_at: Callable[[float], float], target: float, first: float, tolerance: float = 1e-3
-) -> None:
+def length_of_divergence(divergence_at: Callable[[float], float], target: float, first: float) -> None:
     """
-    Find the length of a step with a given divergence, which is almost quadratic in short lengths. It is evaluated last; after
-    30 evaluations, the longest step known to stay below the target is taken.
+    Find the length of a step with a given divergence (to 0.1%), which is almost quadratic in short lengths. It is evaluated
+    last; after 30 evaluations, the longest step known to stay below the target is taken.
 
     :param divergence_at: divergence after a step of some length, infinite or NaN if it is not defined
     :param first: first length to try, above 0. No step is longer than ten times this length
@@ -178,7 +176,7 @@ def length_of_divergence(
     low, high, length = 0.0, 10 * first, first
     for n in range(30):
         divergence = divergence_at(length)
-        if abs(divergence - target) <= tolerance * target:
+        if abs(divergence - target) <= 1e-3 * target:
             return
         low, high = (length, high) if divergence < target else (low, length)
         length *= math.sqrt(target / divergence) if 0 < divergence < math.inf else math.inf

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_reinforce.episodes.buffer import EpisodeRolloutBuffer, copy_obs
 from sb3_reinforce.episodes.checks import check_count
-from sb3_reinforce.episodes.rollout import finish_rollout, timeout_values
+from sb3_reinforce.episodes.rollout import finish_rollout, observes_steps, timeout_values
 from sb3_reinforce.episodes.schedule import EpisodeSchedule
 from sb3_reinforce.episodes.source import skips_idle_envs
 from sb3_reinforce.episodes.tasks import Episode, pack_config, run_episodes, start_process
@@ -29,9 +29,7 @@ def check_workers(workers: Any, env: VecEnv) -> None:
     if not isinstance(workers, Executor):
         check_count("workers", workers)
         if multiprocessing.current_process().daemon:
-            raise ValueError(
-                f"{workers=} cannot start processes in a daemonic one, as of multiprocessing.Pool: use workers=None"
-            )
+            raise ValueError(f"{workers=} cannot start processes in a daemonic one, as of a Pool: use workers=None")
     if (context := getattr(workers, "_mp_context", None)) is not None and context.get_start_method() == "fork":
         raise ValueError(f'{workers=} forks this process, where PyTorch may hang: give it mp_context=get_context("spawn")')
     if not skips_idle_envs(env) or env.num_envs > 1 or env.unwrapped.maker is None:  # type: ignore[attr-defined]
@@ -142,24 +140,25 @@ def collect_from_workers(
     rollout_buffer.reset()
     callback.on_rollout_start()
     check_workers(model.workers, model.env)
-    active, n_steps = np.ones(1, dtype=bool), 0
     known: dict[str, Any] = dict(model=model, env=model.env, callback=callback, rollout_buffer=rollout_buffer)
-    known |= dict(schedule=schedule, active=active, n_rollout_steps=n_rollout_steps)
+    known |= dict(schedule=schedule, active=np.ones(1, dtype=bool), n_rollout_steps=n_rollout_steps)
     for episode in workers.episodes(pack_config(model), schedule):
         at_end = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
-        for step in _steps(episode, at_end):
-            model.num_timesteps += 1
-            n_steps += 1
-            callback.update_locals({**known, **step, "n_steps": n_steps})
-            if not callback.on_step():
-                return False
-        model._update_info_buffer(episode.infos[-1:], active)
+        if observes_steps(callback):
+            for n_steps, step in enumerate(_steps(episode, at_end), rollout_buffer.pos + 1):
+                model.num_timesteps += 1
+                callback.update_locals({**known, **step, "n_steps": n_steps})
+                if not callback.on_step():
+                    return False
+        else:
+            model.num_timesteps += len(at_end)
+        model._update_info_buffer(episode.infos[-1:], known["active"])
         # Callbacks may have changed them
         rewards, starts = episode.rewards.astype(np.float64), np.roll(at_end, 1)
         if model.bootstrap_timeouts:
             rewards[-1] += model.gamma * timeout_values(model.policy, episode.infos[-1:], np.array([len(rewards)]))[0]
         rollout_buffer.add(copy_obs(episode.observations), episode.actions, rewards, starts, np.ones_like(starts))
-    finish_rollout(rollout_buffer, schedule, n_steps, model.logger)
+    finish_rollout(model, rollout_buffer, schedule)
     model.logger.record("time/discarded_steps", workers.n_discarded)
     return True
 

@@ -165,6 +165,18 @@ def test_callbacks_can_change_rewards_in_place(workers):
     np.testing.assert_array_equal(model.rollout_buffer.rewards, 7.0)
 
 
+@pytest.mark.parametrize("workers", [None, FakeExecutor(1)], ids=["here", "workers"])
+def test_no_callback_equals_one_that_does_nothing(workers):
+    def learn(callback):
+        model = make_model(env=lambda: ScriptedEnv([4, 7]), workers=workers).learn(60, callback=callback)
+        returns = [info["r"] for info in model.ep_info_buffer]
+        return weights(model).tolist(), model.num_timesteps, returns, model.logger.name_to_value["rollout/idle_fraction"]
+
+    expected = learn(at_each_step(lambda locals_: None))
+    assert learn(None) == expected
+    assert expected[1] >= 60 and len(expected[2]) > 5
+
+
 # Stopping
 
 
