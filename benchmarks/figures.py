@@ -121,6 +121,8 @@ TRIED: tuple[dict[str, Any], ...] = (
     dict(n_episodes="5 + n / 20"),
     dict(max_episode_steps=500, n_episodes="5 + n / 20"),
     dict(bootstrap_timeouts=True),
+    # Conjugate gradients end at this residual, relative to the gradient, and have up to 15 products, as in the defaults
+    dict(residual="0.03 at a third of the damping"),
 )
 
 

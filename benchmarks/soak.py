@@ -2,11 +2,12 @@
 Check that a long training run does not leak memory, open files, processes or threads.
 
     python -m benchmarks.soak --minutes 30
+    python -m benchmarks.soak --task CartPole-v1 --steps 30000000 --minutes 300
 
-Train on LunarLanderContinuous-v3 like `examples/lunar_lander.py`, with everything that writes files: `Monitor`, TensorBoard,
+Train on one of the tasks like `examples/lunar_lander.py`, with everything that writes files: `Monitor`, TensorBoard,
 checkpoints and evaluations, in a temporary folder. Sample the process every ten seconds, and compare the minute after the
-first five minutes with the last minute. Write ``results/soak.json``, update docs/benchmarks.md, and exit with 1 if there is a
-leak. ``--page`` only updates the page, from the existing result.
+first five minutes with the last minute. Write ``results/soak/TASK.json``, update docs/benchmarks.md, and exit with 1 if there
+is a leak. ``--page`` only updates the page, from the existing results.
 
 Box2D's Python bindings leak memory in every reset of the lander. The leak is measured on the environment alone and subtracted.
 A small growth remains, because SB3's ``Monitor`` and ``EvalCallback`` store the results of all episodes.
@@ -16,6 +17,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import sys
 import tempfile
@@ -32,7 +34,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.common import PAGE, RESULTS, fill, provenance, write_json
-from benchmarks.throughput import LANDER
+from benchmarks.throughput import IMAGE_ENV, LANDER, RandomImages
 from sb3_reinforce import REINFORCE, AtomicCheckpointCallback
 
 try:
@@ -40,7 +42,13 @@ try:
 except ImportError:
     psutil = None
 
-RESULT = RESULTS / "soak.json"
+FOLDER = RESULTS / "soak"
+#: Name of the result -> policy, environment, and its arguments
+TASKS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    LANDER: ("MlpPolicy", LANDER, dict(render_mode=None, max_episode_steps=400)),
+    "CartPole-v1": ("MlpPolicy", "CartPole-v1", dict(render_mode=None)),
+    "images": ("CnnPolicy", RandomImages, {}),
+}
 #: Tolerated relative change of the resident memory
 TOLERANCE = 0.02
 #: Counts that must not grow at all
@@ -131,12 +139,12 @@ def look(seconds: float, steps: int, folder: Path) -> Sample:
 
 
 class Looks(BaseCallback):
-    """Sample the process at regular intervals, and stop training when the time is over."""
+    """Sample the process at regular intervals, and stop training when the time is over or the steps are done."""
 
-    def __init__(self, folder: Path, minutes: float, every: float):
+    def __init__(self, folder: Path, minutes: float, every: float, steps: float = math.inf):
         super().__init__()
         self.folder = folder
-        self.end = 60 * minutes
+        self.end, self.last_step = 60 * minutes, steps
         self.every = every
         self.samples: list[Sample] = []
 
@@ -158,12 +166,13 @@ class Looks(BaseCallback):
                 f"logs {latest.log_size / 2**20:.1f} MiB",
                 flush=True,
             )
-        return seconds < self.end
+        return seconds < self.end and self.num_timesteps < self.last_step
 
 
-def lost_in_a_reset(n_resets: int = 5000) -> float:
+def lost_in_a_reset(task: str, n_resets: int = 5000) -> float:
     """Measure how many bytes a reset of the environment alone leaks."""
-    env = CountedResets(gym.make(LANDER))
+    _, make, kwargs = TASKS[task]
+    env = CountedResets(make(**kwargs) if callable(make) else gym.make(make, **kwargs))
     samples = []
     # Warm up: memory of the first resets can be reused
     for n in (1000, n_resets):
@@ -210,59 +219,68 @@ def judge(samples: list[Sample], settled: float, window: float, lost: float) -> 
     return figures, wrong
 
 
-def train(folder: Path, minutes: float, every: float) -> list[Sample]:
+def train(task: str, folder: Path, minutes: float, every: float, steps: float = math.inf) -> list[Sample]:
     # As in examples/lunar_lander.py
-    env_kwargs = dict(render_mode=None, max_episode_steps=400)
-    env = make_vec_env(LANDER, 8, env_kwargs=env_kwargs, monitor_dir=str(folder), wrapper_class=CountedResets)
-    model = REINFORCE("MlpPolicy", env, n_steps=125, tensorboard_log=str(folder / "tensorboard"), seed=0, device="cpu")
+    policy, env_id, kwargs = TASKS[task]
+    env = make_vec_env(env_id, 8, env_kwargs=kwargs, monitor_dir=str(folder), wrapper_class=CountedResets)
+    model = REINFORCE(policy, env, n_steps=125, tensorboard_log=str(folder / "tensorboard"), seed=0, device="cpu")
     evaluations = EvalCallback(
-        make_vec_env(LANDER, 10, env_kwargs=dict(render_mode=None), wrapper_class=CountedResets),
+        make_vec_env(env_id, 10, env_kwargs=kwargs, wrapper_class=CountedResets),
         n_eval_episodes=10,
         eval_freq=2500,
         log_path=str(folder),
         best_model_save_path=str(folder),
         verbose=0,
     )
-    looks = Looks(folder, minutes, every)
+    looks = Looks(folder, minutes, every, steps)
     checkpoints = AtomicCheckpointCallback(folder / "checkpoints", every_n_updates=20)
     model.learn(10**12, callback=[evaluations, looks, checkpoints])
     return looks.samples
 
 
-def summary(result: dict[str, Any]) -> str:
-    """Summarize a result for docs/benchmarks.md."""
-    figures, last = result["figures"], result["samples"][-1]
-    before, after = (number / 2**20 for number in figures["memory"])
-    counts = "; ".join(f"{name.replace('_', ' ')}: {a:.0f}, then {b:.0f}" for name in COUNTS for a, b in [figures[name]])
-    return (
-        f"{last['steps']:,} steps on {LANDER} in {last['seconds'] / 60:.0f} minutes. Resident memory is {before:.1f} MiB "
-        f"after {result['settled'] / 60:.0f} minutes and {after:.1f} MiB at the end. Resets of the environment leak "
-        f"{figures['lost_in_resets'] / 2**20:.1f} MiB; without them, the change is {figures['growth']:+.2%}. "
-        f"{counts.capitalize()}."
-    )
+def summary() -> str:
+    """Summarize the results for docs/benchmarks.md."""
+    lines = []
+    for task in TASKS:
+        if not (path := FOLDER / f"{task}.json").exists():
+            continue
+        result = json.loads(path.read_text())
+        figures, last = result["figures"], result["samples"][-1]
+        before, after = (number / 2**20 for number in figures["memory"])
+        counts = "; ".join(f"{name.replace('_', ' ')}: {a:.0f}, then {b:.0f}" for name in COUNTS for a, b in [figures[name]])
+        lines.append(
+            f"- {IMAGE_ENV if task == 'images' else task}: {last['steps']:,} steps in {last['seconds'] / 60:.0f} minutes. "
+            f"Resident memory is {before:.1f} MiB after {result['settled'] / 60:.0f} minutes and {after:.1f} MiB at the end. "
+            f"Resets of the environment leak {figures['lost_in_resets'] / 2**20:.1f} MiB; without them, the change is "
+            f"{figures['growth']:+.2%}. {counts.capitalize()}."
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default=LANDER)
     parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--steps", type=float, default=math.inf, help="number of steps after which training ends")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between samples")
-    parser.add_argument("--page", action="store_true", help="only update docs/benchmarks.md, from the existing result")
+    parser.add_argument("--page", action="store_true", help="only update docs/benchmarks.md, from the existing results")
     arguments = parser.parse_args()
     if arguments.page:
-        return fill(PAGE, "soak", summary(json.loads(RESULT.read_text())))
+        return fill(PAGE, "soak", summary())
     if not (arguments.minutes > 0 and arguments.every > 0):
         parser.error("--minutes and --every must be positive")
     th.set_num_threads(1)
-    lost = lost_in_a_reset()
+    lost = lost_in_a_reset(arguments.task)
     print(f"A reset of the environment alone leaks {lost:,.0f} bytes", flush=True)
     settled = min(300.0, 20 * arguments.minutes)
     with tempfile.TemporaryDirectory() as folder:
-        samples = train(Path(folder), arguments.minutes, arguments.every)
+        samples = train(arguments.task, Path(folder), arguments.minutes, arguments.every, arguments.steps)
     figures, wrong = judge(samples, settled, min(60.0, settled), lost)
     result = dict(settled=settled, lost_in_a_reset=lost, figures=figures, wrong=wrong)
-    write_json(RESULT, dict(provenance(), **result, samples=[asdict(sample) for sample in samples]))
-    print(summary(json.loads(RESULT.read_text())))
-    fill(PAGE, "soak", summary(json.loads(RESULT.read_text())))
+    path = FOLDER / f"{arguments.task}.json"
+    write_json(path, dict(provenance(), **result, samples=[asdict(sample) for sample in samples]))
+    fill(PAGE, "soak", summary())
+    print(summary())
     if wrong:
         print(f"Leak detected: {'; '.join(wrong)}")
         raise SystemExit(1)
