@@ -34,11 +34,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import ConvertCallback
 from stable_baselines3.common.utils import explained_variance
 from torch import nn
 
 from benchmarks.common import ADVANTAGES, IMAGES, RESULTS, fill, provenance, write_json
-from benchmarks.throughput import Nothing
 from sb3_reinforce import REINFORCE, EpisodeRolloutBuffer
 from sb3_reinforce.baselines import BASELINES, ActionValues, BaselineFeatures, LinearBaseline
 from sb3_reinforce.natural_gradient import flatten
@@ -132,7 +132,7 @@ def half_trained(env_id: str) -> REINFORCE:
 
 def batches(model: REINFORCE, n_batches: int) -> Iterator[EpisodeRolloutBuffer]:
     """Collect batches without training the model."""
-    callback = Nothing()
+    callback = ConvertCallback(None)
     callback.init_callback(model)
     assert model.env is not None
     for _ in range(n_batches):
