@@ -22,6 +22,7 @@ from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from benchmarks.common import IMAGES, RESULTS, SCALING, fill, provenance, write_json
@@ -58,45 +59,39 @@ class Sleeper(gym.Env):
         return np.zeros(8, dtype=np.float32), float(action[0]), self.left == 0, False, {}
 
 
-class Clock(BaseCallback):
-    """Measure the transitions per second from the second batch on."""
+class Clock(KVWriter):
+    """Measure the transitions per second from the second batch on, from a log, since callbacks cost time in each step."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, model: REINFORCE):
         self.marks: list[tuple[float, int]] = []
+        self.n_discarded = 0
+        model.set_logger(Logger(folder=None, output_formats=[self]))
 
-    def _on_rollout_start(self) -> None:
-        self.marks.append((time.perf_counter(), self.model.num_timesteps))
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        self.marks.append((time.perf_counter(), step))
+        self.n_discarded = key_values.get("time/discarded_steps", 0)
 
-    def _on_step(self) -> bool:
-        return True
+    def close(self) -> None: ...
 
     def rate(self) -> float:
-        (first, before), (last, after) = self.marks[1], self.marks[-1]
+        (first, before), (last, after) = self.marks[0], self.marks[-1]
         return (after - before) / (last - first)
 
 
 def lander_rate(workers: int | None, n_steps: int) -> tuple[float, float]:
     """Measure the transitions per second of REINFORCE on the lander, and the share of discarded transitions."""
     model = make_model(REINFORCE, LANDER, BATCH, workers=workers)
-    discarded = []
-
-    class Note(Clock):
-        def _on_rollout_end(self) -> None:
-            if workers is not None:
-                discarded.append(model._running_workers.n_discarded)
-
-    callback = Note()
-    model.learn(n_steps, callback=callback)
-    return callback.rate(), discarded[-1] / model.num_timesteps if discarded else 0.0
+    clock = Clock(model)
+    model.learn(n_steps)
+    return clock.rate(), clock.n_discarded / model.num_timesteps
 
 
 def sleeper_rate(workers: Any, n_episodes: int) -> float:
     """Measure the transitions per second of REINFORCE on the sleeping environment."""
     model = REINFORCE("MlpPolicy", Sleeper, n_steps=None, n_episodes=n_episodes, seed=0, device="cpu", workers=workers)
-    callback = Clock()
-    model.learn(4 * n_episodes * MEAN_STEPS, callback=callback)
-    return callback.rate()
+    clock = Clock(model)
+    model.learn(4 * n_episodes * MEAN_STEPS)
+    return clock.rate()
 
 
 def a2c_rate(n_steps: int) -> float:
@@ -128,10 +123,11 @@ def pool_rate(n_steps: int) -> float:
 def pool_learn_rate(n_steps: int) -> float:
     """Measure the transitions per second of REINFORCE on EnvPool, in batches of at least 16,384."""
     env = EnvPoolVecEnv(LANDER, N_ENVS)
-    callback = Clock()
-    make_model(REINFORCE, env, 16_384 // N_ENVS).learn(n_steps, callback=callback)
+    model = make_model(REINFORCE, env, 16_384 // N_ENVS)
+    clock = Clock(model)
+    model.learn(n_steps)
     env.close()
-    return callback.rate()
+    return clock.rate()
 
 
 def added_seconds(n_batches: int) -> list[float]:
