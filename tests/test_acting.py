@@ -17,6 +17,7 @@ from stable_baselines3.common.distributions import (
     DiagGaussianDistribution,
     Distribution,
     MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
@@ -212,7 +213,8 @@ def test_noise_depends_on_seed_number_and_step_of_the_episode(seed: int, n_envs:
 @given(st.integers(0, 100), st.sampled_from([-1, 1, 3]), st.lists(st.sampled_from(["step", 0, 1]), max_size=12))
 def test_gsde_matrices_are_scaled_normal_numbers_of_the_episode(seed: int, sde_sample_freq: int, events: list):
     noise = EpisodeNoise(2, seed, sde_sample_freq)
-    std = np.array([[1.0], [2.0], [3.0]], dtype=np.float32) * np.ones((1, 2), dtype=np.float32)
+    distribution, log_std = StateDependentNoiseDistribution(2), th.tensor([[0.0, 0.5]] * 3)
+    std = distribution.get_std(log_std).numpy()
     numbers, ages = np.array([0, 1]), [0, 0]
     noise.begin([0, 1], numbers)
     for event in [*events, "step"]:
@@ -226,7 +228,7 @@ def test_gsde_matrices_are_scaled_normal_numbers_of_the_episode(seed: int, sde_s
             rng = episode_rng(seed, int(numbers[env_idx]))
             expected.append([std * rng.standard_normal((3, 2), dtype=np.float32) for _ in range(n_draws)][-1])
             ages[env_idx] += 1
-        np.testing.assert_array_equal(noise.draw_matrices(lambda: std), expected)
+        np.testing.assert_array_equal(noise.draw_matrices(distribution, log_std), expected)
 
 
 @pytest.mark.parametrize("distribution", [CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution])

@@ -58,8 +58,7 @@ class EpisodeNoise:
         """Start episodes in some sub-environments; ``numbers`` has the number of each sub-environment's episode."""
         for env_idx in env_indices:
             self.rngs[env_idx] = episode_rng(self.seed, int(numbers[env_idx]))
-            self._rows[env_idx] = None
-            self._episode_steps[env_idx] = 0
+            self._rows[env_idx], self._episode_steps[env_idx] = None, 0
         self._has_new = True
 
     def draw(self, distribution: type[Distribution], n_outputs: int) -> np.ndarray:
@@ -71,11 +70,11 @@ class EpisodeNoise:
         drawn = [next(rows) for rows in self._rows if rows is not None]
         return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
 
-    def draw_matrices(self, std: Callable[[], np.ndarray]) -> np.ndarray:
-        """Draw (n_envs, n_features, n_actions) gSDE matrices of the next step; ``std`` returns their standard deviations."""
+    def draw_matrices(self, distribution: Any, log_std: th.Tensor) -> np.ndarray:
+        """Draw (n_envs, n_features, n_actions) gSDE matrices of the next step."""
         for env_idx, n_steps in enumerate(self._episode_steps):
             if n_steps == 0 or (self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0):
-                scale = std()
+                scale = distribution.get_std(log_std).detach().cpu().numpy()
                 self._matrices[env_idx] = scale * self.rngs[env_idx].standard_normal(scale.shape, dtype=np.float32)
             self._episode_steps[env_idx] = n_steps + 1
         return np.stack(self._matrices)
@@ -124,7 +123,7 @@ class Actor:
                     policy(obs_tensor)
             distribution, _ = policy.evaluate_observations(obs_tensor)
             if type(distribution) is distributions.StateDependentNoiseDistribution:
-                matrices = th.as_tensor(self._draw_matrices(distribution), device=policy.device)
+                matrices = th.as_tensor(self.noise.draw_matrices(distribution, policy.log_std), device=policy.device)
                 distribution.exploration_mat, distribution.exploration_matrices = matrices[0], matrices
                 return distribution.get_actions().cpu().numpy()
             if type(distribution) not in _NOISE:
@@ -135,9 +134,6 @@ class Actor:
                 return self._sample_outputs(distribution, parts.mean.cpu().numpy(), parts.stddev.cpu().numpy())
             logits = th.cat([part.logits for part in parts], dim=1) if isinstance(parts, list) else parts.logits
             return self._sample_outputs(distribution, logits.cpu().numpy())
-
-    def _draw_matrices(self, distribution: Any) -> np.ndarray:
-        return self.noise.draw_matrices(lambda: distribution.get_std(self.policy.log_std).detach().cpu().numpy())
 
     def _sample_outputs(self, distribution: Distribution, outputs: np.ndarray, std: Any = None) -> np.ndarray:
         """Sample an action per row of outputs: means of Gaussians with standard deviations, or logits."""
@@ -151,9 +147,8 @@ class MlpActor(Actor):
     larger than the arithmetic. NumPy shares the memory of the weights, so in-place changes act at once.
     """
 
-    _ZERO = np.zeros((), dtype=np.float32)
     _ACTIVATIONS: ClassVar[dict[type[nn.Module], Callable[..., Any]]] = {
-        nn.ReLU: lambda x: np.maximum(x, MlpActor._ZERO, out=x),
+        nn.ReLU: lambda x: np.maximum(x, np.float32(0), out=x),
         nn.Tanh: lambda x: np.tanh(x, out=x),
     }
 
@@ -213,7 +208,7 @@ class MlpActor(Actor):
             else:
                 activate(x)
         if isinstance(self._action_dist, distributions.StateDependentNoiseDistribution):
-            return x + np.matmul(latent[:, None], self._draw_matrices(self._action_dist))[:, 0]
+            return x + np.matmul(latent[:, None], self.noise.draw_matrices(self._action_dist, self.policy.log_std))[:, 0]
         return self._sample_outputs(self._action_dist, x, None if self._log_std is None else np.exp(self._log_std))
 
     def _normalize(self, observations: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ from sb3_reinforce.episodes.vec_env import EnvSource, EpisodeRunner, wrap_env
 from sb3_reinforce.episodes.workers import Workers, check_workers, collect_from_workers
 
 SelfEpisodicAlgorithm = TypeVar("SelfEpisodicAlgorithm", bound="EpisodicAlgorithm")
+_logged_values = operator.attrgetter("name_to_value", "name_to_count", "name_to_excluded")  # of a logger
 
 
 class EpisodicAlgorithm(OnPolicyAlgorithm):
@@ -295,7 +296,3 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         if env is not None:
             env = wrap_env(env, changes.get("max_episode_steps", saved.get("max_episode_steps")), saved.get("verbose", 0))
         return super().load(content, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-
-def _logged_values(logger: Any) -> list[dict[str, Any]]:
-    return [logger.name_to_value, logger.name_to_count, logger.name_to_excluded]
