@@ -31,19 +31,18 @@ def assign(parameters: Sequence[th.Tensor], vector: th.Tensor) -> None:
 
 
 @th.enable_grad()
-def fisher_vector_product(policy: BaselinePolicy, observations: PyTorchObs, parameters: Sequence[th.Tensor]) -> Product:
+def fisher_vector_product(policy: BaselinePolicy, observations: PyTorchObs, counts: th.Tensor) -> Product:
     """
-    Products (n,) -> (n,) with the Fisher information matrix of a policy, the mean over (n_states, ...) observations.
+    Products (n,) -> (n,) with the Fisher information matrix of a policy with n trained parameters, the mean over (n_states,
+    ...) observations, each of which occurs (n_states,) ``counts`` times.
 
     The matrix is ``J^T H J`` (Martens, 2020, "New insights and perspectives on the natural gradient method", section 9): J is
     the Jacobian of the distributions' parameters, and H the Hessian of the divergence in these. A product with J is the
     gradient of ``J^T u`` in u, which is linear, so that one backward pass is recorded for all products.
-
-    :param parameters: parameters with n entries in total
     """
     # Aliases of the parameters have no hooks: experiment trackers expect the gradient of the loss there
     names = {id(parameter): name for name, parameter in policy.named_parameters()}
-    aliases = {names[id(parameter)]: parameter.detach().requires_grad_() for parameter in parameters}
+    aliases = {names[id(parameter)]: parameter.detach().requires_grad_() for parameter in policy.trained_parameters()}
     parameters = list(aliases.values())
     # PyTorch's fast attention has no second derivatives
     with sdpa_kernel(SDPBackend.MATH), _reparametrize_module(policy, aliases):
@@ -60,7 +59,8 @@ def fisher_vector_product(policy: BaselinePolicy, observations: PyTorchObs, para
         old = type(part)(**{name: tensor.detach() for name, tensor in tensors.items()}, validate_args=False)
         given = {name: next(values) if tensor.requires_grad else tensor for name, tensor in tensors.items()}
         new = type(part)(**given, validate_args=False)
-        divergence = divergence + th.distributions.kl_divergence(old, new).sum() / len(outputs[0])
+        of_states = th.distributions.kl_divergence(old, new).reshape(len(counts), -1)
+        divergence = divergence + (counts[:, None] * of_states).sum() / counts.sum()
     slope = th.autograd.grad(divergence, point, create_graph=True, materialize_grads=True)
 
     def product(vector: th.Tensor) -> th.Tensor:

@@ -300,7 +300,7 @@ class REINFORCE(EpisodicAlgorithm):
         if target_kl == 0 or not any(gradient.any() for gradient in gradients):
             return self._evaluate_batch()
         # The whole batch, unless networks or observations are large
-        rows = np.arange(0, self.rollout_buffer.size(), math.ceil(self.rollout_buffer.size() / self.policy.chunk_size()))
+        rows, counts = self.rollout_buffer.sample_states(self.policy.chunk_size())
         states = next(self.rollout_buffer.get(None, rows)).observations
         dampings = natural_gradient.DAMPINGS if self.cg_damping == "auto" else np.array([self.cg_damping])
         scores = self.damping_scores if self.damping_scores.shape[1] == len(dampings) else np.zeros((2, len(dampings)))
@@ -310,7 +310,7 @@ class REINFORCE(EpisodicAlgorithm):
             return self._divergence(old, new)
 
         try:
-            product = natural_gradient.fisher_vector_product(self.policy, states, parameters)
+            product = natural_gradient.fisher_vector_product(self.policy, states, counts)
             found = natural_gradient.natural_direction(product, gradients, dampings, scores, self.cg_max_steps)
         except RuntimeError as error:
             if not isinstance(error, NotImplementedError) and "derivative" not in str(error):

@@ -98,6 +98,26 @@ def test_get_yields_the_transitions_of_all_or_some_rows_in_order(batch_size: int
         np.testing.assert_allclose(th.cat(parts).numpy(), expected, rtol=1e-6)
 
 
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 50), st.sampled_from([np.int64, np.uint8, np.float32])
+)
+def test_states_are_evenly_spaced_and_equal_integers_are_taken_once(values: list[int], max_states: int, dtype: type):
+    buffer: Any = filled([[len(values)]])
+    buffer.observations = np.array(values, dtype=dtype)[:, None]
+    rows, counts = buffer.sample_states(max_states)
+    spaced = np.arange(0, len(values), -(-len(values) // max_states))
+    assert len(spaced) <= max_states
+    taken = buffer.observations[rows, 0]
+    assert rows.dtype.kind == "i" and counts.dtype == th.float32 and np.isin(rows, spaced).all()
+    if dtype is np.float32:
+        np.testing.assert_array_equal(rows, spaced)
+        assert counts.tolist() == [1.0] * len(rows)
+    else:
+        assert len(set(taken.tolist())) == len(taken)
+        repeated = np.repeat(taken, counts.numpy().astype(int))
+        np.testing.assert_array_equal(np.sort(repeated), np.sort(np.array(values)[spaced]))
+
+
 def test_samples_of_dictionaries_are_dictionaries():
     buffer: Any = filled([[3], [1]], DICT)
     np.testing.assert_array_equal(buffer.observations["d"], [[0], [0], [0], [1]])

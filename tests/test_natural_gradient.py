@@ -78,6 +78,9 @@ class Policy(nn.Module):
         self.unused = nn.Parameter(th.zeros(1, dtype=th.float64))
         self.trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return self.trained
+
     def distribution(self, states: th.Tensor) -> Distribution:
         latent = self.hidden(states)
         outputs = self.last(latent)
@@ -131,8 +134,9 @@ def test_fisher_vector_product_equals_the_dense_matrix_times_the_vector(
     seed: int, kind: str, n_outputs: int, n_states: int, has_fixed_std: bool
 ):
     policy: Any = Policy(kind, n_outputs, seed, has_fixed_std)
-    states = th.randn(n_states, 2, dtype=th.float64)
-    product, fisher = fisher_vector_product(policy, states, policy.trained), policy.dense_fisher(states)
+    states, counts = th.randn(n_states, 2, dtype=th.float64), th.randint(1, 4, (n_states,))
+    product = fisher_vector_product(policy, states, counts)
+    fisher = policy.dense_fisher(states.repeat_interleave(counts, dim=0))
     # The graph is kept between products
     for _ in range(2):
         vector = th.randn(len(fisher), dtype=th.float64)
@@ -284,7 +288,7 @@ def test_natural_step_is_against_the_direction_and_has_the_divergence_asked_for(
         with th.no_grad():
             return kl_divergence(old, policy.distribution(states)).mean().item()
 
-    direction, product = size * th.randn_like(before), fisher_vector_product(policy, states, policy.trained)
+    direction, product = size * th.randn_like(before), fisher_vector_product(policy, states, th.ones(n_states))
     natural_step(policy.trained, direction, product, divergence, target_kl)
     assert cosine(flatten(policy.trained).detach().numpy() - before.numpy(), -direction.numpy()) > 0.99999
     assert divergence() == pytest.approx(target_kl, rel=1e-3)
@@ -301,7 +305,7 @@ def test_a_step_that_leaves_the_policy_undefined_is_not_taken(is_finite_at_start
             return 0.0
         raise ValueError("not finite")
 
-    product = fisher_vector_product(policy, states, policy.trained)
+    product = fisher_vector_product(policy, states, th.ones(3))
     natural_step(policy.trained, th.ones_like(before), product, divergence, 0.01)
     assert th.equal(flatten(policy.trained), before)
 

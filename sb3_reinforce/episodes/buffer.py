@@ -1,10 +1,11 @@
 """A rollout buffer for whole episodes of any length from any number of sub-environments."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.preprocessing import get_obs_shape
@@ -74,9 +75,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
     def size(self) -> int:
         return len(self.rewards) if self.full else self.pos
 
-    def get(
-        self, batch_size: int | None = None, rows: np.ndarray | None = None
-    ) -> Generator[RolloutBufferSamples, None, None]:
+    def get(self, batch_size: int | None = None, rows: np.ndarray | None = None) -> Iterator[RolloutBufferSamples]:  # type: ignore[override]
         """Iterate over the transitions in some ``rows`` (None: all) once, in order, ``batch_size`` (None: all) at a time."""
         assert self.full, "The rollout is not finished"
         n_rows = self.size() if rows is None else len(rows)
@@ -84,6 +83,15 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         for start in range(0, n_rows, size):
             chunk = slice(start, start + size)
             yield self._get_samples(chunk if rows is None else rows[chunk])
+
+    def sample_states(self, max_states: int) -> tuple[np.ndarray, th.Tensor]:
+        """Take rows of at most ``max_states`` states, and their counts. Equal observations of integers are taken once."""
+        rows, obs = np.arange(0, self.size(), math.ceil(self.size() / max_states)), self.observations
+        counts: Any = np.ones(len(rows))
+        if not isinstance(obs, dict) and obs.dtype.kind != "f":
+            _, first, counts = np.unique(obs[rows], axis=0, return_index=True, return_counts=True)
+            rows = rows[first]
+        return rows, self.to_torch(counts.astype(np.float32))
 
     def _get_samples(self, batch_inds: np.ndarray | slice, env: Any = None) -> RolloutBufferSamples:
         observations: Any = (
@@ -94,8 +102,8 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         # Overflow becomes infinite, which the update refuses. Log-probabilities of actions are not stored
         with np.errstate(over="ignore"):
             columns: Any = (self.actions, self.values, self.advantages, self.returns)
-            actions, *rest = (self.to_torch(column[batch_inds].astype(np.float32, copy=False)) for column in columns)
-        values, advantages, returns = rest
+            numbers = [self.to_torch(column[batch_inds].astype(np.float32, copy=False)) for column in columns]
+        actions, values, advantages, returns = numbers
         return RolloutBufferSamples(observations, actions, values, None, advantages, returns)  # type: ignore[arg-type]
 
 
