@@ -123,6 +123,7 @@ TRIED: tuple[dict[str, Any], ...] = (
     dict(bootstrap_timeouts=True),
     # Conjugate gradients end at this residual, relative to the gradient, and have up to 15 products, as in the defaults
     dict(residual="0.03 at a third of the damping"),
+    dict(cg_damping="drawn at random"),
 )
 
 
