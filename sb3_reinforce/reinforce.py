@@ -299,7 +299,6 @@ class REINFORCE(EpisodicAlgorithm):
         parameters, new = self.policy.trained_parameters(), Evaluations()
         if target_kl == 0 or not any(gradient.any() for gradient in gradients):
             return self._evaluate_batch()
-        # The whole batch, unless networks or observations are large
         rows, counts = self.rollout_buffer.sample_states(self.policy.chunk_size())
         states = next(self.rollout_buffer.get(None, rows)).observations
         dampings = natural_gradient.DAMPINGS if self.cg_damping == "auto" else np.array([self.cg_damping])

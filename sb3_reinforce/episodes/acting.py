@@ -147,8 +147,9 @@ class MlpActor(Actor):
     larger than the arithmetic. NumPy shares the memory of the weights, so in-place changes act at once.
     """
 
+    _ZERO = np.zeros((), dtype=np.float32)  # a scalar is slower
     _ACTIVATIONS: ClassVar[dict[type[nn.Module], Callable[..., Any]]] = {
-        nn.ReLU: lambda x: np.maximum(x, np.float32(0), out=x),
+        nn.ReLU: lambda x: np.maximum(x, MlpActor._ZERO, out=x),
         nn.Tanh: lambda x: np.tanh(x, out=x),
     }
 

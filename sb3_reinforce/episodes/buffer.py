@@ -1,7 +1,7 @@
 """A rollout buffer for whole episodes of any length from any number of sub-environments."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,9 @@ class EpisodeRolloutBuffer(RolloutBuffer):
     def size(self) -> int:
         return len(self.rewards) if self.full else self.pos
 
-    def get(self, batch_size: int | None = None, rows: np.ndarray | None = None) -> Iterator[RolloutBufferSamples]:  # type: ignore[override]
+    def get(
+        self, batch_size: int | None = None, rows: np.ndarray | None = None
+    ) -> Generator[RolloutBufferSamples, None, None]:
         """Iterate over the transitions in some ``rows`` (None: all) once, in order, ``batch_size`` (None: all) at a time."""
         assert self.full, "The rollout is not finished"
         n_rows = self.size() if rows is None else len(rows)
@@ -103,8 +105,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         with np.errstate(over="ignore"):
             columns: Any = (self.actions, self.values, self.advantages, self.returns)
             numbers = [self.to_torch(column[batch_inds].astype(np.float32, copy=False)) for column in columns]
-        actions, values, advantages, returns = numbers
-        return RolloutBufferSamples(observations, actions, values, None, advantages, returns)  # type: ignore[arg-type]
+        return RolloutBufferSamples(observations, *numbers[:2], None, *numbers[2:])  # type: ignore[arg-type]
 
 
 def copy_obs(obs: Any) -> Any:

@@ -35,7 +35,7 @@ def collect_episodes(
     noise.begin(range(env.num_envs), schedule.numbers)
     act = make_actor(model.policy, noise)
     within_episode = np.zeros(env.num_envs, dtype=bool)
-    episode_starts = schedule.active
+    episode_starts, is_observed = schedule.active, observes_steps(callback)
     while schedule.n_active or schedule.wants_more():
         actions, clipped_actions = source.act(act, obs)
         active, n_active = schedule.active, schedule.n_active
@@ -43,11 +43,10 @@ def collect_episodes(
         kept_obs = copy_obs(obs)  # a VecEnv may use their memory again
         new_obs, rewards, dones, infos = source.step(clipped_actions)
         model.num_timesteps += n_active if source.skips_idle_envs else env.num_envs
-        continue_training = True
-        if observes_steps(callback):
+        if is_observed:
             n_steps = schedule.n_steps
             callback.update_locals(locals())
-            continue_training = callback.on_step()
+        continue_training = not is_observed or callback.on_step()
         if model.env is env:  # another one, set by the callback, begins with a reset
             model._last_obs = new_obs
         if not continue_training:

@@ -152,7 +152,7 @@ def collect_from_workers(
                     return False
         else:
             model.num_timesteps += len(at_end)
-        model._update_info_buffer(episode.infos[-1:], known["active"])
+        model._update_info_buffer(episode.infos[-1:], at_end[-1:])
         # Callbacks may have changed them
         rewards, starts = episode.rewards.astype(np.float64), np.roll(at_end, 1)
         if model.bootstrap_timeouts:
