@@ -105,7 +105,7 @@ class EpisodeRolloutBuffer(RolloutBuffer):
         with np.errstate(over="ignore"):
             columns: Any = (self.actions, self.values, self.advantages, self.returns)
             numbers = [self.to_torch(column[batch_inds].astype(np.float32, copy=False)) for column in columns]
-        return RolloutBufferSamples(observations, *numbers[:2], None, *numbers[2:])  # type: ignore[arg-type]
+        return RolloutBufferSamples(observations, *numbers[:2], None, *numbers[2:])  # type: ignore[call-arg]
 
 
 def copy_obs(obs: Any) -> Any:
