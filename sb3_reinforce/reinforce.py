@@ -26,6 +26,7 @@ from sb3_reinforce.episodes.schedule import torch_seeded_from, update_rng
 from sb3_reinforce.episodes.vec_env import EnvSource
 from sb3_reinforce.policies import BaselineName, BaselinePolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, flatten, with_baseline
 
+_MAX_STATES = 256  # of the Fisher matrix, where fewer fit in a forward pass
 _MAX_PARAMETERS = 20_000_000  # of a policy whose batches are halved, because a Krylov space takes memory
 #: Action distributions and the critic's extracted features in the states of a batch, by chunk
 Evaluations = list[tuple[Distribution, th.Tensor]]
@@ -276,8 +277,7 @@ class REINFORCE(EpisodicAlgorithm):
                     (loss * len(actions) / buffer.size()).backward()
                     losses["policy_gradient_loss"] += policy_gradient_loss.item() * len(actions) / buffer.size()
                     losses["entropy_loss"] += entropy_loss.item() * len(actions) / buffer.size()
-                parameters = self.policy.trained_parameters()
-                gradients.append(flatten(th.zeros_like(p) if p.grad is None else p.grad for p in parameters))
+                gradients.append(flatten(th.zeros_like(p) if p.grad is None else p.grad for p in policy.trained_parameters()))
         policy.set_training_mode(False)
         losses["grad_norm"] = sum(gradients).norm().item()  # type: ignore[union-attr]
         if not math.isfinite(losses["grad_norm"]):
@@ -299,7 +299,7 @@ class REINFORCE(EpisodicAlgorithm):
         parameters, new = self.policy.trained_parameters(), Evaluations()
         if target_kl == 0 or not any(gradient.any() for gradient in gradients):
             return self._evaluate_batch()
-        rows, counts = self.rollout_buffer.sample_states(self.policy.chunk_size())
+        rows, counts = self.rollout_buffer.sample_states(max(_MAX_STATES, self.policy.chunk_size()))
         states = next(self.rollout_buffer.get(None, rows)).observations
         dampings = natural_gradient.DAMPINGS if self.cg_damping == "auto" else np.array([self.cg_damping])
         scores = self.damping_scores if self.damping_scores.shape[1] == len(dampings) else np.zeros((2, len(dampings)))

@@ -196,13 +196,6 @@ def test_algorithm_defaults():
 def test_a_batch_in_chunks_gives_the_same_update(
     space: str, target_kl: float | None, advantage: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    fisher_vector_product = natural_gradient.fisher_vector_product
-
-    def product_of_a_state(policy: Any, states: Any, counts: Any) -> Any:
-        """The Fisher matrix uses as many states as a chunk may have."""
-        return fisher_vector_product(policy, states[:1], counts[:1])
-
-    monkeypatch.setattr(natural_gradient, "fisher_vector_product", product_of_a_state)
     image = spaces.Box(0, 255, (36, 36, 3), dtype=np.uint8)
     policy, observation_space = {
         "vector": ("MlpPolicy", VECTOR),
