@@ -125,6 +125,7 @@ TRIED: tuple[dict[str, Any], ...] = (
     dict(residual="0.03 at a third of the damping"),
     dict(cg_damping="drawn at random"),
     # States that the Fisher matrix takes from a batch of 500
+    dict(cg_max_steps=5),
     dict(fisher_states=70),
     dict(fisher_states=256),
 )
