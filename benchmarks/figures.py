@@ -368,7 +368,7 @@ def headline() -> str:
         ours = races["defaults"].seconds
         longer = [f"{name.upper()} {measured(races[name].seconds / ours, '.1f')}" for name in ("trpo", "ppo") if name in races]
         lines.append(
-            f"- Median time to the first pass, relative to REINFORCE with its defaults, in turn on one core: "
+            f"- Median time to the first pass, relative to REINFORCE with its defaults, with one thread each: "
             f"{', '.join(longer)}. TRPO and PPO use RL Zoo's hyperparameters and budgets; a run that never passes counts as "
             "infinite."
         )

@@ -127,7 +127,7 @@ def test_figures_of_runs(results: Path):
     readme = (results / "README").read_text()
     assert "- Defaults, 1.0 million steps: 7 of 8 seeds return 200 or more, IQM 235 [" in readme
     assert "worst 100, best 270. The median seed first passes 200 after 450,000 steps, the first after 100,000, and" in readme
-    assert "relative to REINFORCE with its defaults, in turn on one core: TRPO never, PPO 2.0. " in readme
+    assert "relative to REINFORCE with its defaults, with one thread each: TRPO never, PPO 2.0. " in readme
     assert "after 300,000 to 500,000 steps with 2 seeds, with a median of 400,000" in readme
     assert "\n| TRPO | never | never | 1 of 3 | not measured | |\n" in readme
     assert "\n| PPO | 800,000 | 8.0 | 2 of 2 | not measured | |\n" in readme
