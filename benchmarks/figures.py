@@ -124,7 +124,6 @@ TRIED: tuple[dict[str, Any], ...] = (
     # Conjugate gradients end at this residual, relative to the gradient, and have up to 15 products, as in the defaults
     dict(residual="0.03 at a third of the damping"),
     dict(cg_damping="drawn at random"),
-    dict(cg_max_steps=5),
     # States that the Fisher matrix takes from a batch of 500
     dict(fisher_states=70),
     dict(fisher_states=256),
