@@ -300,6 +300,25 @@ def test_equal_returns_do_not_change_the_policy(target_kl: float | None):
         assert model.logger.name_to_value["train/kl_divergence_loss"] == 0
 
 
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_advantages_that_are_rounding_teach_nothing(scale: float, normalize_advantage: bool):
+    """All actions are equally good, and the baseline knows the returns, but for rounding."""
+
+    class Indifferent(ScriptedEnv):
+        def step(self, action: Any) -> Any:
+            observation, _, *rest = super().step(action)
+            return observation, scale * self.steps, *rest
+
+    kwargs: dict[str, Any] = dict(n_steps=30, seed=0, baseline="linear", normalize_observations=False)
+    model = REINFORCE("MlpPolicy", Indifferent([1]), normalize_advantage=normalize_advantage, **kwargs).learn(1)
+    before = model.policy.parameters_to_vector()
+    with pytest.warns(UserWarning, match="A batch taught nothing: its advantages are equal"):
+        model.learn(1, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model.policy.parameters_to_vector(), before)
+    assert model._n_updates == 2
+
+
 def test_observation_statistics_are_updated_once_per_batch():
     model = REINFORCE("MlpPolicy", LANDER, n_steps=300, seed=0)
     normalizer, seen = model.policy.observation_normalizer, []
@@ -344,6 +363,20 @@ def test_the_errors_of_the_critics_before_the_fit_are_logged(advantage: Any):
         assert logged[f"train/{kind}explained_variance"] == pytest.approx(1 - np.var(errors) / np.var(buffer.returns))
     for name in ("action_value_loss", "action_explained_variance"):
         assert (f"train/{name}" in logged) == (advantage == "advantage")
+
+
+def test_hooks_see_the_gradient_of_the_loss_and_each_step():
+    """As experiment trackers do, and without an effect on the training."""
+    models = [REINFORCE("MlpPolicy", "CartPole-v1", seed=0) for _ in range(2)]
+    norms: list[float] = []
+    calls: list[Any] = []
+    models[0].policy.action_net.weight.register_hook(lambda gradient: norms.append(gradient.norm().item()))
+    models[0].policy.register_forward_hook(lambda *arguments: calls.append(arguments))
+    for model in models:
+        model.learn(1)
+    # One gradient from each half of the batch
+    assert len(norms) == 2 and len(calls) == models[0].num_timesteps
+    np.testing.assert_allclose(*(model.policy.parameters_to_vector() for model in models), atol=1e-5)
 
 
 # The step --------------------------------------------------------------------------------------------------------------------
@@ -409,6 +442,12 @@ def test_without_target_kl_the_optimizer_steps(optimizer_class: type[th.optim.Op
             parameter.grad = th.as_tensor(part).view_as(parameter)
         optimizer.step()
     assert all(map(th.equal, parameters, model.policy.parameters()))
+
+
+def test_a_standard_deviation_stays_above_the_rounding_of_float32():
+    env = RandomEnv(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)), 5)
+    model = REINFORCE("MlpPolicy", env, n_steps=20, seed=0, policy_kwargs=dict(log_std_init=-16.5)).learn(50)
+    assert np.exp(model.policy.log_std.detach().numpy()).min() > 0.99 * np.finfo(np.float32).eps
 
 
 # The damping -----------------------------------------------------------------------------------------------------------------
@@ -542,6 +581,24 @@ def test_a_distribution_without_a_divergence_needs_target_kl_none():
     model = REINFORCE(StudentT, pendulum(), n_steps=50, target_kl=None).learn(1)
     assert model._n_updates == 1
     assert "train/kl_divergence_loss" not in model.logger.name_to_value
+
+
+class Bag(BaseFeaturesExtractor):
+    """Has no second derivative."""
+
+    def __init__(self, observation_space: spaces.Space):
+        super().__init__(observation_space, 8)
+        self.bag = th.nn.EmbeddingBag(4, 8)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.bag((observations > 0).long())
+
+
+def test_a_policy_without_second_derivatives_needs_target_kl_none():
+    kwargs: dict[str, Any] = dict(policy_kwargs=dict(features_extractor_class=Bag), seed=0)
+    with pytest.raises(ValueError, match=r"no natural gradient \(.*_embedding_bag_backward.*\): set target_kl=None"):
+        REINFORCE("MlpPolicy", "CartPole-v1", **kwargs).learn(1)
+    assert REINFORCE("MlpPolicy", "CartPole-v1", target_kl=None, **kwargs).learn(1)._n_updates == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, -1.0])
@@ -742,63 +799,6 @@ simple_spaces = st.one_of(
     st.builds(spaces.MultiDiscrete, st.lists(st.integers(1, 4), min_size=1, max_size=3)),
     st.builds(spaces.MultiBinary, st.integers(1, 4)),
 )
-
-
-@pytest.mark.parametrize("normalize_advantage", [True, False])
-@pytest.mark.parametrize("scale", [1e-9, 1e9])
-def test_advantages_that_are_rounding_teach_nothing(scale: float, normalize_advantage: bool):
-    """All actions are equally good, and the baseline knows the returns, but for rounding."""
-
-    class Indifferent(ScriptedEnv):
-        def step(self, action: Any) -> Any:
-            observation, _, *rest = super().step(action)
-            return observation, scale * self.steps, *rest
-
-    kwargs: dict[str, Any] = dict(n_steps=30, seed=0, baseline="linear", normalize_observations=False)
-    model = REINFORCE("MlpPolicy", Indifferent([1]), normalize_advantage=normalize_advantage, **kwargs).learn(1)
-    before = model.policy.parameters_to_vector()
-    with pytest.warns(UserWarning, match="A batch taught nothing: its advantages are equal"):
-        model.learn(1, reset_num_timesteps=False)
-    np.testing.assert_array_equal(model.policy.parameters_to_vector(), before)
-    assert model._n_updates == 2
-
-
-def test_a_standard_deviation_stays_above_the_rounding_of_float32():
-    env = RandomEnv(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)), 5)
-    model = REINFORCE("MlpPolicy", env, n_steps=20, seed=0, policy_kwargs=dict(log_std_init=-16.5)).learn(50)
-    assert np.exp(model.policy.log_std.detach().numpy()).min() > 0.99 * np.finfo(np.float32).eps
-
-
-def test_hooks_see_the_gradient_of_the_loss_and_each_step():
-    """As experiment trackers do, and without an effect on the training."""
-    models = [REINFORCE("MlpPolicy", "CartPole-v1", seed=0) for _ in range(2)]
-    norms: list[float] = []
-    calls: list[Any] = []
-    models[0].policy.action_net.weight.register_hook(lambda gradient: norms.append(gradient.norm().item()))
-    models[0].policy.register_forward_hook(lambda *arguments: calls.append(arguments))
-    for model in models:
-        model.learn(1)
-    # One gradient from each half of the batch
-    assert len(norms) == 2 and len(calls) == models[0].num_timesteps
-    np.testing.assert_allclose(*(model.policy.parameters_to_vector() for model in models), atol=1e-5)
-
-
-class Bag(BaseFeaturesExtractor):
-    """Has no second derivative."""
-
-    def __init__(self, observation_space: spaces.Space):
-        super().__init__(observation_space, 8)
-        self.bag = th.nn.EmbeddingBag(4, 8)
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        return self.bag((observations > 0).long())
-
-
-def test_a_policy_without_second_derivatives_needs_target_kl_none():
-    kwargs: dict[str, Any] = dict(policy_kwargs=dict(features_extractor_class=Bag), seed=0)
-    with pytest.raises(ValueError, match=r"no natural gradient \(.*_embedding_bag_backward.*\): set target_kl=None"):
-        REINFORCE("MlpPolicy", "CartPole-v1", **kwargs).learn(1)
-    assert REINFORCE("MlpPolicy", "CartPole-v1", target_kl=None, **kwargs).learn(1)._n_updates == 1
 
 
 @pytest.mark.filterwarnings("error", "ignore:A batch taught nothing")
