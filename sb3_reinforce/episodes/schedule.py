@@ -78,7 +78,6 @@ class EpisodeSchedule:
         End the episode of a sub-environment with the current step. Return whether it starts the next one. Call this in order:
         an idle one that resets all the same gets the seed that the next rollout expects of it.
         """
-        self.n_active -= int(self.active[env_idx])
         self._set_active(env_idx, False)
         if self.wants_more():
             self._start(env_idx)
@@ -93,13 +92,13 @@ class EpisodeSchedule:
         self.numbers[env_idx], self.start_steps[env_idx] = self.next_number, self.n_steps
         self.seeds[env_idx] = self._seed_of(self.next_number)
         self.started.append(env_idx)
-        self.n_active += 1
         self.n_started += 1
         self.next_number += 1
 
     def _set_active(self, env_idx: int, value: bool) -> None:
         self.active = self.active.copy()
         self.active[env_idx] = value
+        self.n_active = int(np.count_nonzero(self.active))
 
     def _seed_of(self, number: int) -> int | None:
         return None if self.seed is None else episode_seed(self.seed, number)

@@ -100,16 +100,20 @@ class Workers:
                     if not schedule.wants_more():
                         self.n_discarded += len(episode.rewards)
                         continue
-                    schedule.n_started += 1
+                    schedule.begin(np.ones(1, dtype=bool))
                     schedule.n_transitions += len(episode.rewards)
-                    schedule.next_number += 1
                     yield episode
                 if failure is not None and schedule.wants_more():
                     raise failure
             self.mean_steps = schedule.n_transitions / schedule.n_started
         finally:
             for _, future in tasks:
-                future.cancel()
+                if not future.cancel():
+                    future.add_done_callback(self._discard)
+
+    def _discard(self, task: Future) -> None:
+        """Count the steps of a task that could not be canceled when its batch was complete."""
+        self.n_discarded += 0 if task.exception() else sum(len(episode.rewards) for episode in task.result()[0])
 
     def _next_range(self, schedule: EpisodeSchedule, next_number: int, n_workers: int) -> int:
         """Number of episodes of the next task, 0 if the running ones are likely to be enough."""
