@@ -97,9 +97,7 @@ class LinearBaseline(nn.Module):
         if in_features > MAX_FEATURES:
             # Scalar products are kept in expectation (Johnson & Lindenstrauss, 1984)
             self.register_buffer("projection", th.randn(in_features, MAX_FEATURES) / math.sqrt(MAX_FEATURES))
-        self.ridge = ridge
-        self.memory = memory
-        self.truncate = truncate
+        self.ridge, self.memory, self.truncate = ridge, memory, truncate
         # Moments of [features, return] over the remembered batches; of the scatter matrix, the upper triangle
         moments = dict(count=(), mean=(n_features + 1,), scatter=((n_features + 1) * (n_features + 2) // 2,))
         for name, shape in (dict(weight=(1, n_features), bias=(1,), low=(), high=()) | moments).items():

@@ -214,9 +214,9 @@ class REINFORCE(EpisodicAlgorithm):
 
         with self._all_or_nothing():
             old = buffer.evaluations
-            policy.update_statistics(buffer.observations)
-            normalized = old if policy.observation_normalizer is None else self._evaluate_batch()
             try:
+                policy.update_statistics(buffer.observations)
+                normalized = old if policy.observation_normalizer is None else self._evaluate_batch()
                 gradients = self._compute_gradient()
                 new = self._optimizer_step() if self.target_kl is None else self._natural_step(normalized, gradients)
                 if (divergence := self._divergence(old, new)) is not None and not math.isfinite(divergence):

@@ -79,7 +79,7 @@ def test_only_vectors_of_a_dictionary_are_normalized():
 
 def test_observations_whose_variance_overflows_are_refused():
     space = spaces.Dict(a=VECTOR, b=VECTOR)
-    with pytest.raises(ValueError, match="The variance of the observations 'b' is not finite: scale them down"):
+    with pytest.raises(ValueError, match="The variance of observations 'b' is not finite: scale them down"):
         with np.errstate(all="ignore"):
             ObservationNormalizer(space).update({"a": np.eye(3), "b": 1e200 * np.eye(3)})
 

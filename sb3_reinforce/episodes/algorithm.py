@@ -51,7 +51,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
         n_steps: int | None,
         n_episodes: int | None,
         max_episode_steps: int | None = None,
-        bootstrap_timeouts: bool = True,
+        bootstrap_timeouts: bool = False,
         seed_episodes: bool = True,
         workers: int | Executor | None = None,
         **kwargs: Any,
@@ -153,8 +153,7 @@ class EpisodicAlgorithm(OnPolicyAlgorithm):
     def _all_or_nothing(self) -> Iterator[None]:
         """Count an update, or restore parameters and counters if an error or Ctrl-C interrupts it."""
         counters = ("_n_updates", "_next_episode", "_n_iterations", "_rollout_start")
-        names = (*counters, *self._update_state)
-        parameters, before = deepcopy(self.get_parameters()), {name: getattr(self, name) for name in names}
+        parameters, before = deepcopy(self.get_parameters()), {key: vars(self)[key] for key in counters + self._update_state}
         try:
             yield
             n_episodes = int(self.rollout_buffer.episode_starts.sum())

@@ -55,6 +55,6 @@ class ObservationNormalizer(nn.Module):
             batch = observations[key] if isinstance(observations, dict) else observations
             running.update(batch.astype(np.float64))
             if not np.isfinite(running.var).all():
-                raise ValueError(f"The variance of the observations {key!r} is not finite: scale them down")
+                raise ValueError(f"The variance of observations{f' {key!r}' if key else ''} is not finite: scale them down")
             for buffer, value in zip(buffers, (running.mean, running.var, running.count), strict=True):
                 buffer.copy_(th.as_tensor(value))

@@ -19,7 +19,7 @@ from tests.runs.common import CHOICE, PAIR, assert_same, state
 UNDONE = r"Update \d+ was undone\. (The divergence .* is infinite|Expected (parameter|value))"
 GRADIENT = r"Update \d+ was undone\. The gradient is not finite"
 BASELINE = "The baseline cannot be fitted to features or returns that are NaN, infinite or near overflow"
-STATISTICS = "The variance of the observations '' is not finite: scale them down"
+STATISTICS = r"Update \d+ was undone\. The variance of observations is not finite: scale them down"
 ACTION = "The policy returned the action .* NaN, infinite, or too large for float32"
 #: A note in an error of PyTorch
 OUTPUT = "The policy's output is not finite: check its weights"
