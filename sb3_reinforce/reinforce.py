@@ -26,7 +26,7 @@ from sb3_reinforce.episodes.schedule import torch_seeded_from, update_rng
 from sb3_reinforce.episodes.vec_env import EnvSource
 from sb3_reinforce.policies import BaselineName, BaselinePolicy, CnnPolicy, MlpPolicy, MultiInputPolicy, flatten, with_baseline
 
-_MAX_STATES = 256  # of the Fisher matrix, where fewer fit in a forward pass
+_MIN_STATES = 256  # of the Fisher matrix, even if fewer fit in a forward pass
 _MAX_PARAMETERS = 20_000_000  # of a policy whose batches are halved, because a Krylov space takes memory
 #: Action distributions and the critic's extracted features in the states of a batch, by chunk
 Evaluations = list[tuple[Distribution, th.Tensor]]
@@ -297,9 +297,9 @@ class REINFORCE(EpisodicAlgorithm):
         """Take a step along the natural gradient. Return the evaluations of the new policy."""
         target_kl: Any = self.target_kl(self._current_progress_remaining) if callable(self.target_kl) else self.target_kl
         parameters, new = self.policy.trained_parameters(), Evaluations()
-        if target_kl == 0 or not any(gradient.any() for gradient in gradients):
+        if target_kl == 0 or not self.rollout_buffer.advantages.any() or not any(gradient.any() for gradient in gradients):
             return self._evaluate_batch()
-        rows, counts = self.rollout_buffer.sample_states(max(_MAX_STATES, self.policy.chunk_size()))
+        rows, counts = self.rollout_buffer.sample_states(max(_MIN_STATES, self.policy.chunk_size()))
         states = next(self.rollout_buffer.get(None, rows)).observations
         dampings = natural_gradient.DAMPINGS if self.cg_damping == "auto" else np.array([self.cg_damping])
         scores = self.damping_scores if self.damping_scores.shape[1] == len(dampings) else np.zeros((2, len(dampings)))

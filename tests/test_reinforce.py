@@ -303,14 +303,14 @@ def test_equal_returns_do_not_change_the_policy(target_kl: float | None):
 @pytest.mark.parametrize("normalize_advantage", [True, False])
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
 def test_advantages_that_are_rounding_teach_nothing(scale: float, normalize_advantage: bool):
-    """All actions are equally good, and the baseline knows the returns, but for rounding."""
+    """All actions are equal, and the baseline knows the returns, but for rounding. No step follows the entropy alone."""
 
     class Indifferent(ScriptedEnv):
         def step(self, action: Any) -> Any:
             observation, _, *rest = super().step(action)
             return observation, scale * self.steps, *rest
 
-    kwargs: dict[str, Any] = dict(n_steps=30, seed=0, baseline="linear", normalize_observations=False)
+    kwargs: dict[str, Any] = dict(n_steps=30, seed=0, baseline="linear", normalize_observations=False, ent_coef=0.01)
     model = REINFORCE("MlpPolicy", Indifferent([1]), normalize_advantage=normalize_advantage, **kwargs).learn(1)
     before = model.policy.parameters_to_vector()
     with pytest.warns(UserWarning, match="A batch taught nothing: its advantages are equal"):
