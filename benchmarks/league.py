@@ -7,7 +7,7 @@ Train four algorithms on twelve tasks, each with the defaults of its constructor
 
 REINFORCE, SB3's A2C and PPO, and sb3-contrib's TRPO take turns, seed by seed, on one environment, created from its id, for the
 same number of steps. Then, the final policy is evaluated over 100 deterministic episodes of other environments. Existing runs
-are skipped. ``benchmarks.league_figures`` makes the table and the figure. MuJoCo's tasks require ``make mujoco``.
+are skipped. ``benchmarks.league_figures`` makes the table and the figure. MuJoCo's tasks require ``pip install '.[mujoco]'``.
 """
 
 import argparse

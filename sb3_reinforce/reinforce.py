@@ -73,8 +73,8 @@ class REINFORCE(EpisodicAlgorithm):
     :param baseline_kwargs: "ridge", at least 0 (default: 0 for "linear", 0.2 for "random_features" and learned features; raise
         it if the baseline fits noise), "n_units", the number of random units (default: 128), and "time"
     :param bootstrap_timeouts: Whether to add the baseline's value of the last observation to the reward at a time limit, as in
-        SB3 (Pardo et al., 2018, https://arxiv.org/abs/1712.00378). By default, an episode is an episode: enable it if what
-        follows the limit counts
+        SB3 (Pardo et al., 2018, https://arxiv.org/abs/1712.00378). By default, nothing follows the limit: enable it if the
+        task continues there
     :param seed_episodes: Whether each ``reset()`` gets the seed of its episode, if there is a seed. False for the first one
         alone, as in SB3: for environments that begin a list of tasks anew with each seed, or take long to reset with one.
         Results are then not exactly reproducible

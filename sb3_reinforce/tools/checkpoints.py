@@ -198,7 +198,7 @@ class AtomicCheckpointCallback(BaseCallback):
 
     def _save(self) -> None:
         n_steps, start = _num_timesteps(self.model), self.model._rollout_start
-        # An EventCallback does not tell when a rollout starts. Otherwise, no step was taken before that
+        # Inside an EventCallback, the start of a rollout is not seen. Elsewhere, no step was taken since it started
         if start is None or (start is not self._noted_rollout and self.parent is None):
             self._note_monitors()
         path = self.save_path / f"{self.name_prefix}_{self.model.run_id}_{n_steps}_steps.zip"
