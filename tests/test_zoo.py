@@ -155,7 +155,7 @@ def test_a_model_file_is_trained_further_in_a_new_folder(folder: Path, monkeypat
 # Resume
 
 CARTPOLE = "CartPole-v1"
-OPTIONS = "--eval-freq -1 -tb tensorboard -params n_episodes:None n_steps:40 n_envs:2"
+OPTIONS = "--eval-freq -1 -tb tensorboard -params n_episodes:None n_steps:40 n_envs:2 monitor_kwargs:dict(info_keywords=())"
 RESUMABLE = ["--env", CARTPOLE, *OPTIONS.split()]
 
 
@@ -217,6 +217,8 @@ def test_a_complete_run_is_resumed_for_more_steps(tmp_path: Path, monkeypatch: p
         with pytest.raises(SystemExit, match="143"):
             run(monkeypatch, "train", *RESUMABLE, "-n", "1000", "-i", f"{folder}/")
     wait_for_the_next_second()
+    with pytest.raises(SystemExit, match="A resumed model keeps its hyperparameters: remove gamma from -params"):
+        run(monkeypatch, "train", "-i", str(folder), "-params", "gamma:0.5", "n_steps:40")
     run(monkeypatch, "train", "-i", str(tmp_path / folder))
     # The command that makes this run
     command = read_run(folder).command

@@ -35,6 +35,7 @@ from unittest import mock
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
@@ -153,6 +154,15 @@ class TrainParser(argparse.ArgumentParser):
         return arguments
 
 
+#: Arguments of ``Monitor`` in a resumed run
+_APPEND: dict[str, Any] = dict(override_existing=False)
+
+
+def _make_appending_vec_env(env_id: Any, **kwargs: Any) -> VecEnv:
+    """Create environments that append to existing ``Monitor`` files."""
+    return make_vec_env(env_id, **{**kwargs, "monitor_kwargs": kwargs["monitor_kwargs"] | _APPEND})
+
+
 def saved_arguments(folder: str) -> dict[str, Any]:
     """
     Return the options of ``train`` that a run has saved.
@@ -190,7 +200,6 @@ class Experiments(_Base):
             # Continue in the folder of the run instead of a new one
             self.save_path = os.path.dirname(self.trained_agent)
             self.params_path = f"{self.save_path}/{self.env_name}"
-            self.monitor_kwargs["override_existing"] = False
 
     def setup_experiment(self) -> Any:
         if self.algo != ALGO:
@@ -209,7 +218,11 @@ class Experiments(_Base):
         if self.resumes and os.path.exists(config):
             # The file of the run, not the one that --conf-file names, which may have changed
             self.config, saved = config, dict(yaml.unsafe_load(Path(config).read_text()))
-            saved |= (self.custom_hyperparams or {}) | (dict(env_kwargs=self.env_kwargs) if self.env_kwargs else {})
+            given = self.custom_hyperparams or {}
+            changed = [name for name in given if name in signature(REINFORCE).parameters and given[name] != saved.get(name)]
+            if changed:
+                raise SystemExit(f"A resumed model keeps its hyperparameters: remove {', '.join(changed)} from -params")
+            saved |= given | (dict(env_kwargs=self.env_kwargs) if self.env_kwargs else {})
             hyperparams = saved.copy()
         else:
             try:
@@ -253,10 +266,13 @@ class Experiments(_Base):
         if is_training and self.resumes and not self.workers:
             self._create_monitor_files(n_envs)
         if not is_training or not self.workers:
-            return super().create_envs(n_envs, eval_env, no_log)
+            # rl_zoo3 replaces self.monitor_kwargs by those of the hyperparameters, and by others for some environments
+            with mock.patch("rl_zoo3.exp_manager.make_vec_env", _make_appending_vec_env if self.resumes else make_vec_env):
+                return super().create_envs(n_envs, eval_env, no_log)
         if self.normalize or self.frame_stack is not None or self.vec_env_wrapper is not None:
             raise SystemExit("--workers does not support VecEnv wrappers (normalize, frame_stack, vec_env_wrapper)")
-        env = EnvFactory(self.env_name.gym_id, self.env_kwargs, self.env_wrapper, {}, self.save_path, self.monitor_kwargs)
+        monitor_kwargs = self.monitor_kwargs | (_APPEND if self.resumes else {})
+        env = EnvFactory(self.env_name.gym_id, self.env_kwargs, self.env_wrapper, {}, self.save_path, monitor_kwargs)
         return wrap_env(env)
 
     def _create_monitor_files(self, n_envs: int) -> None:
