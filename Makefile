@@ -63,7 +63,8 @@ LOWEST := .venv-lowest
 test-lowest: constraints.txt pyproject.toml
 	"$(PYTHON)" -m venv --clear $(LOWEST)
 	grep '^torch==' constraints.txt > $(LOWEST)/constraints.txt
-	sed -nE 's/^ *"([a-z0-9_-]+)(\[[a-z0-9]+\])?>=([0-9.]+).*/\1==\3/p' pyproject.toml | grep -v '^torch==' >> $(LOWEST)/constraints.txt
+	grep -oE '"[a-z0-9_-]+(\[[a-z0-9]+\])?>=[0-9.]+' pyproject.toml | sed -E 's/^"([a-z0-9_-]+)(\[[a-z0-9]+\])?>=/\1==/' \
+		| grep -v '^torch==' >> $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(LOWEST)/constraints.txt torch
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(LOWEST)/constraints.txt -e '.[dev,plots]'
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 $(ARGS)
