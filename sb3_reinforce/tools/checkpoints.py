@@ -311,7 +311,8 @@ class AtomicCheckpointCallback(BaseCallback):
 
 def newest_checkpoint(folder: str | Path, name_prefix: str = "checkpoint", run: str | None = None) -> Path | None:
     """
-    Find the complete checkpoint with the most steps. Files that are damaged, or of other algorithms, are named and skipped.
+    Find the complete checkpoint with the most steps. Damaged files and files of other algorithms are reported and
+    skipped.
 
     :param folder: ``save_path`` of an :class:`AtomicCheckpointCallback`
     :param name_prefix: ``name_prefix`` of the callback

@@ -13,15 +13,15 @@ MIN_UPDATES, MIN_EPISODES = 10, 20
 #: In standard deviations of the returns. The return rises if the last quarter of the training episodes returns more than the
 #: third one and the first episodes, and has risen if it returns far more than the first ones: Pendulum-v1 gains about 4
 MIN_RISE, MIN_GAIN = 0.5, 2.0
-#: Sampled actions return less than the policy that is evaluated
+#: Share of the way to the threshold that counts as solved: training returns include exploration noise
 NEAR_THRESHOLD = 0.9
-#: A signal below this share of the promised improvement is not distinguishable from none: its running mean is of ten batches
+#: Lower signals cannot be distinguished from 0, because the signal is averaged over about ten batches
 MIN_SIGNAL = 0.03
-#: Ratio of the largest to the smallest standard deviation. Updates of a policy that learns the mean change it less at first
+#: Ratio of the largest to the smallest standard deviation, which changes less at first if the policy learns its mean
 MIN_STD_RATIO = 1.3
 #: Share of the variance of the returns: the rest is noise in the advantages. Baselines of runs that learn usually explain more
 MIN_EXPLAINED = 0.5
-#: With one episode there is no cross-validation, with two each half of a batch is a single one
+#: Cross-validation needs two halves of a batch, with more than one episode each
 MAX_FEW_EPISODES = 2
 #: Shares of the last quarter of the training episodes
 MIN_TIMEOUTS, MIN_EQUAL_RETURNS = 0.5, 0.9
@@ -157,14 +157,14 @@ SYMPTOMS = {
         "train/gradient_signal",
         "The gradient is lost in noise",
         "One half of a batch confirms less than 3% of the improvement that the other half promises, so steps follow noise.",
-        "Use a baseline (the default). With one, collect larger batches: raise `n_steps` or `n_episodes`.",
+        "Use a baseline (the default). If you already do, collect larger batches: raise `n_steps` or `n_episodes`.",
         lost_in_noise,
     ),
     "std": Symptom(
         "train/std",
         "The step is spent on the standard deviation",
         "The standard deviation changes, but the return does not: steps are of limited size, and little is left for the mean.",
-        'Use the default `cg_damping="auto"`. With it, the standard deviation drifts because of another symptom.',
+        'Use the default `cg_damping="auto"`. If you already do, look for another symptom.',
         spent_on_std,
     ),
     "baseline": Symptom(
@@ -179,7 +179,7 @@ SYMPTOMS = {
         "rollout/ep_len_mean",
         "Episodes end by time",
         "The policy has learned to wait until the time limit: few episodes fill a batch, and none shows something better.",
-        "Pay for progress (shape the reward), or shorten training episodes with `max_episode_steps`.",
+        "Reward progress (reward shaping), or shorten training episodes with `max_episode_steps`.",
         ended_by_time,
     ),
     "few": Symptom(
