@@ -6,8 +6,9 @@ Train four algorithms on twelve tasks, each with the defaults of its constructor
     python -m benchmarks.league --env Taxi-v4 --algo reinforce ppo
 
 REINFORCE, SB3's A2C and PPO, and sb3-contrib's TRPO take turns, seed by seed, on one environment, created from its id, for the
-same number of steps. Then, the final policy is evaluated over 100 deterministic episodes of other environments. Existing runs
-are skipped. ``benchmarks.league_figures`` makes the table and the figure. MuJoCo's tasks require ``pip install '.[mujoco]'``.
+same number of steps; missing runs can be made on another day. Then, the final policy is evaluated over 100 deterministic
+episodes of other environments. Existing runs are skipped. ``benchmarks.league_figures`` makes the table and the figure.
+MuJoCo's tasks require ``pip install '.[mujoco]'``.
 """
 
 import argparse

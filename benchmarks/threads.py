@@ -3,8 +3,8 @@ Measure the speed of `learn()` with one and two threads, in turn, on LunarLander
 
     python -m benchmarks.threads
 
-Each number of threads has its own process, because NumPy reads ``OMP_NUM_THREADS`` once. The processes take short
-turns, so that other processes on the machine slow down both. Write ``results/threads.json`` and a block of
+Each number of threads has its own process, because libraries read ``OMP_NUM_THREADS`` and the like once. The processes take
+short turns, so that other processes on the machine slow down both. Write ``results/threads.json`` and a block of
 ``docs/scaling.md``.
 """
 
@@ -29,7 +29,9 @@ for _ in sys.stdin:
 
 
 def start(n_threads: str) -> subprocess.Popen[str]:
-    environment, pipe = os.environ | {"OMP_NUM_THREADS": n_threads}, subprocess.PIPE
+    # Importing benchmarks has set all of them to 1
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), n_threads)
+    environment, pipe = os.environ | threads, subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", CODE], env=environment, stdin=pipe, stdout=pipe, text=True)
 
 

@@ -3,12 +3,11 @@ Measure the variance and bias of the policy gradient, for each advantage functio
 
     python -m benchmarks.variance
 
-For each environment, train a policy with the default hyperparameters until it is half-trained (see ``TARGETS``), and freeze
-it. Then collect batches of five episodes. The gradient of a batch is the sum over its transitions of ``grad log pi(a|s) A``,
-divided by the number of episodes, without normalization of the advantages ``A``. All variants use the same batches. Critics
-are "fresh" (fitted to the batch that they evaluate), "old" (fitted to the previous batch only), or have a "memory" (fitted to
-all previous batches, with the default decay). At timeouts, all variants add the trained baseline's value of the last
-observation.
+For each environment, train a policy on batches of five episodes, otherwise with the default hyperparameters, until it is
+half-trained (see ``TARGETS``), and freeze it. Then collect such batches. The gradient of a batch is the sum over its
+transitions of ``grad log pi(a|s) A``, divided by the number of episodes, without normalization of the advantages ``A``. All
+variants use the same batches. Critics are "fresh" (fitted to the batch that they evaluate), "old" (fitted to the previous
+batch only), or have a "memory" (fitted to all previous batches, with the default decay).
 
 Each variant has three figures, with 95% percentile bootstrap intervals over batches:
 

@@ -4,9 +4,9 @@ Measure the speed of `learn()` with one, two and many workers, and the overhead 
     python -m benchmarks.workers
 
 All rates are measured in turn, from the second batch on, which excludes the start of processes. On the lander, actions are
-random as in ``benchmarks.throughput``. The curve up to 64 workers uses threads and environments that sleep instead of
-computing, so that one core is enough. A least-squares fit of the curve shows what limits the speed. Write
-``results/workers.json``, ``docs/images/workers.png`` and the tables in ``docs/scaling.md``.
+random as in ``benchmarks.throughput``, except for A2C, which learns with its defaults. The curve up to 64 workers uses threads
+and environments that sleep instead of computing, so that one core is enough. A least-squares fit of the curve shows what
+limits the speed. Write ``results/workers.json``, ``docs/images/workers.png`` and the tables in ``docs/scaling.md``.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def lander_rate(workers: int | None, n_steps: int, updates: bool = True) -> tupl
         model.train = lambda: None
     clock = Clock(model)
     model.learn(n_steps)
-    return clock.rate(), clock.n_discarded / model.num_timesteps
+    return clock.rate(), clock.n_discarded / (clock.n_discarded + model.num_timesteps)
 
 
 def step_alone(n_steps: int) -> float:
