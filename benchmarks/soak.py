@@ -1,12 +1,12 @@
 """
 Check that a long training run does not leak memory, open files, processes or threads.
 
-    python -m benchmarks.soak --minutes 30
-    python -m benchmarks.soak --task CartPole-v1 --steps 30000000 --minutes 300
+    python -m benchmarks.soak --minutes 15
+    python -m benchmarks.soak --task CartPole-v1 --steps 30000000 --minutes 100 --every 20
 
 Train on one of the tasks like `examples/lunar_lander.py`, with everything that writes files: `Monitor`, TensorBoard,
-checkpoints and evaluations, in a temporary folder. Sample the process every ten seconds, and compare the minute after the
-first five minutes with the last minute. Write ``results/soak/TASK.json``, update docs/benchmarks.md, and exit with 1 if there
+checkpoints and evaluations, in a temporary folder. Sample the process every ten seconds, and compare a minute after a warm-up
+of five minutes (a third of a run of less than 15) with the last minute. Write ``results/soak/TASK.json``, update docs/benchmarks.md, and exit with 1 if there
 is a leak. ``--page`` only updates the page, from the existing results.
 
 Box2D's Python bindings leak memory in every reset of the lander, and SB3's ``Monitor`` keeps three numbers per episode. Both
@@ -193,21 +193,22 @@ def judge(samples: list[Sample], settled: float, window: float, lost: float) -> 
     Compare the process after the warm-up with the process at the end.
 
     :param samples: samples in chronological order
-    :param settled: warm-up time in seconds
+    :param settled: warm-up time in seconds. The first window begins with the first sample after it
     :param window: length in seconds of the two windows whose medians are compared
     :param lost: bytes kept by each episode of the environment alone
     :return: compared figures, and a description of each leak
     :raises ValueError: if a window has no samples, or the windows overlap
     """
     end = samples[-1].seconds if samples else 0.0
-    before = [sample for sample in samples if settled <= sample.seconds <= settled + window]
+    start = min((sample.seconds for sample in samples if sample.seconds >= settled), default=end)
+    before = [sample for sample in samples if start <= sample.seconds <= start + window]
     after = [sample for sample in samples if sample.seconds >= end - window]
     if not before or before[-1].seconds >= after[0].seconds:
         raise ValueError(
             f"{end:.0f} seconds are too short to compare the {window:.0f} seconds after the first {settled:.0f} with the last "
             f"{window:.0f}"
         )
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = dict(start=start)
     for name in ("memory", "allocated", "resets", "blocks", *COUNTS):
         figures[name] = [float(np.median([getattr(sample, name) for sample in part])) for part in (before, after)]
     first, last = figures["memory"]
@@ -254,7 +255,7 @@ def summary() -> str:
         counts = "; ".join(f"{name.replace('_', ' ')}: {a:.0f}, then {b:.0f}" for name in COUNTS for a, b in [figures[name]])
         lines.append(
             f"- {IMAGE_ENV if task == 'images' else task}: {last['steps']:,} steps in {last['seconds'] / 60:.0f} minutes. "
-            f"Resident memory is {before:.1f} MiB after {result['settled'] / 60:.0f} minutes and {after:.1f} MiB at the end. "
+            f"Resident memory is {before:.1f} MiB after {figures['start'] / 60:.0f} minutes and {after:.1f} MiB at the end. "
             f"Episodes of the environment alone keep {figures['lost_in_episodes'] / 2**20:.1f} MiB; without these, the change "
             f"is {figures['growth']:+.2%}. {counts.capitalize()}."
         )
