@@ -85,13 +85,19 @@ def profile(scores: dict[str, dict[str, np.ndarray]]) -> None:
     figure.savefig(IMAGES / "league.png", dpi=100)
 
 
-def main() -> None:
+def read_all() -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, float]]]:
+    """Read the returns, and the median processor seconds of a run, by task and algorithm."""
     found = {env_id: runs for env_id in TASKS if all((runs := read(env_id)).values())}
     scores = {env_id: {algo: returns(runs[algo]) for algo in ALGORITHMS} for env_id, runs in found.items()}
     seconds = {
         env_id: {algo: float(np.median([run["cpu_seconds"] for run in runs[algo]])) for algo in ALGORITHMS}
         for env_id, runs in found.items()
     }
+    return scores, seconds
+
+
+def main() -> None:
+    scores, seconds = read_all()
     fill(PAGE, "league", table(scores, seconds))
     profile(scores)
 

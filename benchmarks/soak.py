@@ -6,8 +6,8 @@ Check that a long training run does not leak memory, open files, processes or th
 
 Train on one of the tasks like `examples/lunar_lander.py`, with everything that writes files: `Monitor`, TensorBoard,
 checkpoints and evaluations, in a temporary folder. Sample the process every ten seconds, and compare a minute after a warm-up
-of five minutes (a third of a run of less than 15) with the last minute. Write ``results/soak/TASK.json``, update docs/benchmarks.md, and exit with 1 if there
-is a leak. ``--page`` only updates the page, from the existing results.
+of five minutes (a third of a run of less than 15) with the last minute. Write ``results/soak/TASK.json``, update
+docs/benchmarks.md, and exit with 1 if there is a leak. ``--page`` only updates the page, from the existing results.
 
 Box2D's Python bindings leak memory in every reset of the lander, and SB3's ``Monitor`` keeps three numbers per episode. Both
 are measured on the environment alone and subtracted. ``EvalCallback`` keeps its results, too.

@@ -18,6 +18,7 @@ from benchmarks import (
     league_figures,
     learning,
     soak,
+    threads,
     throughput,
     variance,
     where,
@@ -36,16 +37,13 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     pages = dict(
         README=("headline", "peers", "stops"),
         PAGE=("learning", "commands", "mujoco", "beside"),
-        ADVANTAGES=("advantages",),
-        WHERE=(),
+        WHERE=tuple(f"where-{task}" for task in where.TASKS),
     )
-    pages["WHERE"] = tuple(f"where-{task}" for task in where.TASKS)
     groups = [group._replace(page=tmp_path / group.page.name) for group in figures.GROUPS]
     monkeypatch.setattr(figures, "GROUPS", groups)
     pages |= {group.page.name: (group.block,) for group in groups}
     monkeypatch.setattr(figures, "STEP", tmp_path / "step.md")
     pages["step.md"] += ("search",)
-    del pages["ADVANTAGES"]
     for name, blocks in pages.items():
         monkeypatch.setattr(where_figures if name == "WHERE" else figures, name, tmp_path / name, raising=False)
         (tmp_path / name).write_text("\n".join(f"<!-- {block} --><!-- /{block} -->" for block in blocks))
@@ -154,8 +152,27 @@ def test_commands_reproduce_the_committed_results(results: Path, monkeypatch: py
     )
 
 
+@pytest.mark.parametrize("n_threads", ["1", "2"])
+def test_speeds_are_measured_with_the_given_number_of_threads(n_threads: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(threads, "CODE", "import benchmarks, torch; input(); print(torch.get_num_threads())")
+    process = threads.start(n_threads)
+    assert threads.measure(process) == int(n_threads)
+    process.communicate()
+
+
+def test_the_time_between_rollouts_includes_the_last_update(monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(1, 100))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    callback = throughput.BetweenRollouts()
+    for _ in range(3):
+        callback._on_rollout_start()
+        callback._on_step()
+    callback._on_training_end()
+    assert callback.between == 3
+
+
 def test_pages_contain_the_committed_results():
-    names = ("throughput", "variance", "workers")
+    names = ("threads", "throughput", "variance", "workers")
     results = {name: json.loads((common.RESULTS / f"{name}.json").read_text()) for name in names}
     filled = {
         common.README: dict(headline=figures.headline(), peers=figures.peers(), stops=figures.stops()),
@@ -166,13 +183,18 @@ def test_pages_contain_the_committed_results():
             article=article.comparison(article.read_runs()),
             beside=figures.beside(),
             commands=figures.commands(),
+            league=league_figures.table(*league_figures.read_all()),
             learning=figures.table(),
             mujoco=figures.mujoco(),
             soak=soak.summary(),
             throughput=throughput.table(results["throughput"]),
         ),
         common.STEP: {"step-table": figures.group_table(figures.GROUPS[1]), "search": figures.search()},
-        common.SCALING: dict(workers=workers.table(results["workers"]), paper=workers.paper(results["workers"]["curve"])),
+        common.SCALING: dict(
+            paper=workers.paper(results["workers"]["curve"]),
+            threads=threads.text(results["threads"]),
+            workers=workers.table(results["workers"]),
+        ),
         common.WHERE: {f"where-{task}": where_figures.block(task) for task in where.TASKS},
     }
     for page, blocks in filled.items():
