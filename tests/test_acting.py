@@ -229,6 +229,8 @@ def test_gsde_matrices_are_scaled_normal_numbers_of_the_episode(seed: int, sde_s
             expected.append([std * rng.standard_normal((3, 2), dtype=np.float32) for _ in range(n_draws)][-1])
             ages[env_idx] += 1
         np.testing.assert_array_equal(noise.draw_matrices(distribution, log_std), expected)
+        # That of predict()
+        np.testing.assert_array_equal(distribution.exploration_mat, expected[0])
 
 
 @pytest.mark.parametrize("distribution", [CategoricalDistribution, MultiCategoricalDistribution, BernoulliDistribution])

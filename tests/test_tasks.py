@@ -287,6 +287,8 @@ class Failing(RandomLengthEnv):
                 raise OSError("The simulator is gone")
             if self.how == "not unpicklable":
                 raise TwoArguments("The simulator", "is gone")
+            if self.how == "ends a generator":
+                raise StopIteration("The simulator is gone")
             if self.how == "not picklable":
                 raise OSError("The simulator is gone", threading.Lock())
             sys.exit("The simulator is gone")
@@ -312,7 +314,13 @@ def test_errors_of_the_environment_keep_their_type_and_have_notes(how: str):
 
 
 @pytest.mark.parametrize(
-    "how, name", [("not unpicklable", "TwoArguments"), ("not picklable", "OSError"), ("exits", "SystemExit")]
+    "how, name",
+    [
+        ("not unpicklable", "TwoArguments"),
+        ("not picklable", "OSError"),
+        ("ends a generator", "StopIteration"),
+        ("exits", "SystemExit"),
+    ],
 )
 def test_errors_that_cannot_be_sent_become_runtime_errors(how: str, name: str):
     episodes, error = run_episodes("a", pack(partial(Failing, how)), range(4, 6))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,12 @@ def test_max_episode_steps_is_used_wherever_an_environment_is_given_and_refused_
     assert REINFORCE.load(tmp_path / "model", env=model.env).env is model.env
     with pytest.raises(ValueError, match="max_episode_steps=6 cannot be applied"):
         REINFORCE.load(tmp_path / "model", env=model.env, max_episode_steps=6)
+
+
+def test_a_copy_of_the_environment_has_no_model(tmp_path: Path):
+    model = REINFORCE("MlpPolicy", lambda: ScriptedEnv([5]), n_steps=10, tensorboard_log=str(tmp_path), **SMALL).learn(1)
+    env: Any = model.get_env()
+    copied = deepcopy(env)
+    assert env.user is model and copied.user is None
+    model.set_env(copied)
+    model.learn(1)

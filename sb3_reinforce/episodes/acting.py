@@ -77,7 +77,9 @@ class EpisodeNoise:
                 scale = distribution.get_std(log_std).detach().cpu().numpy()
                 self._matrices[env_idx] = scale * self.rngs[env_idx].standard_normal(scale.shape, dtype=np.float32)
             self._episode_steps[env_idx] = n_steps + 1
-        return np.stack(self._matrices)
+        matrices = th.as_tensor(np.stack(self._matrices), device=log_std.device)
+        distribution.exploration_mat, distribution.exploration_matrices = matrices[0], matrices  # for predict(), too
+        return matrices.cpu().numpy()
 
 
 def overrides(policy: BasePolicy, *names: str) -> bool:
@@ -123,8 +125,7 @@ class Actor:
                     policy(obs_tensor)
             distribution, _ = policy.evaluate_observations(obs_tensor)
             if type(distribution) is distributions.StateDependentNoiseDistribution:
-                matrices = th.as_tensor(self.noise.draw_matrices(distribution, policy.log_std), device=policy.device)
-                distribution.exploration_mat, distribution.exploration_matrices = matrices[0], matrices
+                self.noise.draw_matrices(distribution, policy.log_std)
                 return distribution.get_actions().cpu().numpy()
             if type(distribution) not in _NOISE:
                 with torch_seeded_from(self.noise.rngs[0], policy.device):

@@ -85,10 +85,10 @@ def run_episodes(config_name: str, content: bytes, numbers: range) -> tuple[list
 
 
 def _portable(error: BaseException) -> Exception:
-    """An error that can be sent: itself, or a RuntimeError if it cannot be pickled or would end the process."""
+    """An error that can be sent: itself, or a RuntimeError if it cannot be pickled or would end a process or generator."""
     with suppress(Exception):
         copied = cloudpickle.loads(cloudpickle.dumps(error))
-        if isinstance(copied, Exception):
+        if isinstance(copied, Exception) and not isinstance(copied, StopIteration):
             return copied
     return RuntimeError("\n".join([f"{type(error).__name__}: {error}", *error.__notes__]))
 

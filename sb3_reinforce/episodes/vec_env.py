@@ -46,6 +46,9 @@ class EpisodeRunner(VecEnv):
         self._at_start: dict[int, int | None] = {}
         self._at_end: set[int] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"user": None}
+
     def seed_episodes(self, seeds: Sequence[int | None]) -> None:
         """Seed each environment at the next ``reset()``."""
         self._seeds = list(seeds)
