@@ -41,18 +41,20 @@ class BaselineFeatures(nn.Module):
 
     weight: th.Tensor
     bias: th.Tensor
+    time_unit: th.Tensor
 
     def __init__(self, in_features: int, n_units: int = 0, time: bool = False, gamma: float = 0.99):
         super().__init__()
-        self.time_unit = 1 / max(1 - gamma, 1e-3) if time else math.inf
-        n_inputs = in_features + time
+        # Saved with the fit, which is in this unit even if load() replaces gamma
+        self.register_buffer("time_unit", th.tensor(1 / max(1 - gamma, 1e-3) if time else 0.0))
+        n_inputs = int(in_features) + time  # SB3's number of features may be a NumPy integer
         self.out_features = n_inputs + n_units
         self.register_buffer("weight", th.randn(n_units, n_inputs))
         self.register_buffer("bias", np.pi * (2 * th.rand(n_units) - 1))
 
     def forward(self, features: th.Tensor, n_steps: th.Tensor | None = None) -> th.Tensor:
         """Compute the features of (batch, in_features) states, (batch,) ``n_steps`` after the start of the episode."""
-        if math.isfinite(self.time_unit):
+        if self.time_unit > 0:
             time = features.new_zeros(len(features)) if n_steps is None else n_steps.to(features) / self.time_unit
             features = th.cat([features, time.clamp(max=10.0)[:, None]], dim=-1)
         if len(self.bias) == 0:
@@ -169,7 +171,6 @@ class ActionValues(nn.Module):
             for name, bound in zip(("low", "high"), bounds, strict=True):
                 self.register_buffer(name, th.as_tensor(bound.astype(np.float64).flatten()))
         n_numbers = 2 * shape[0] if isinstance(action_space, spaces.Box) else spaces.flatdim(action_space)
-        # SB3's number of features may be a NumPy integer
         self.n_joint = int((1 + in_features) * (1 + n_numbers) - 1)
         self.linear = LinearBaseline(self.n_joint, **kwargs)
 

@@ -101,8 +101,8 @@ class BaselinePolicy(ActorCriticPolicy):
     def _normalize(self, obs: PyTorchObs) -> PyTorchObs:
         return obs if self.observation_normalizer is None else self.observation_normalizer(obs)
 
-    def extract_features(self, obs: PyTorchObs, features_extractor: Any = None) -> Any:
-        return super().extract_features(self._normalize(obs), features_extractor)
+    def extract_features(self, obs: PyTorchObs, *args: Any) -> Any:
+        return super().extract_features(self._normalize(obs), *args)
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         return super().get_distribution(self._normalize(obs))

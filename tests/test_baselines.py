@@ -327,7 +327,8 @@ def test_action_values_with_a_ridge_equal_ridge_on_standardized_features(
 
 
 def test_the_number_of_state_features_may_be_a_numpy_integer():
-    """SB3 returns one for MultiDiscrete observations."""
+    """SB3 returns one for MultiDiscrete observations, of their type."""
+    assert BaselineFeatures(np.int8(7), n_units=128).out_features == 135  # type: ignore[arg-type]
     states, actions, returns = action_samples(BOX, 5, 3, seed=0)
     critic = ActionValues(np.int64(3), BOX)  # type: ignore[arg-type]
     fit_actions(critic, states, actions, returns)

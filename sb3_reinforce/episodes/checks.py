@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import open_path
 
 #: Stored in each model file as ``file_format``. The number increases when older files cannot be loaded.
-FILE_FORMAT = "sb3_reinforce.REINFORCE 4"
+FILE_FORMAT = "sb3_reinforce.REINFORCE 5"
 _SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 

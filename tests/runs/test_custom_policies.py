@@ -102,8 +102,8 @@ class OwnGetDistribution:
 
 
 class OwnExtractFeatures:
-    def extract_features(self, obs, features_extractor=None):
-        features = super().extract_features(obs, features_extractor)
+    def extract_features(self, obs):
+        features = super().extract_features(obs)
         return tuple(10 * part for part in features) if isinstance(features, tuple) else 10 * features
 
 

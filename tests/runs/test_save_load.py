@@ -244,3 +244,12 @@ def test_parameters_are_set_from_a_model_or_a_file(trained: REINFORCE, path: Pat
     other.set_parameters(sources[source])
     assert_same_parameters(trained, other)
     assert_same_predictions(trained, other, OBSERVATIONS)
+
+
+def test_the_baseline_keeps_its_unit_of_time_if_gamma_is_replaced(tmp_path: Path):
+    model = REINFORCE("MlpPolicy", make_env(), n_steps=40, seed=0).learn(80)
+    model.save(tmp_path / "model")
+    loaded = REINFORCE.load(tmp_path / "model", gamma=0.9)
+    obs, n_steps = th.zeros(3, *VECTOR.shape), th.tensor([0, 5, 50])
+    assert loaded.gamma == 0.9
+    assert th.equal(loaded.policy.predict_values(obs, n_steps), model.policy.predict_values(obs, n_steps))
