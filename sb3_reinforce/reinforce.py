@@ -143,18 +143,13 @@ class REINFORCE(EpisodicAlgorithm):
         kwargs: dict[str, Any] = dict(gamma=gamma, ent_coef=ent_coef, use_sde=use_sde, sde_sample_freq=sde_sample_freq)
         kwargs |= dict(rollout_buffer_class=rollout_buffer_class, rollout_buffer_kwargs=rollout_buffer_kwargs, workers=workers)
         kwargs |= dict(stats_window_size=stats_window_size, tensorboard_log=tensorboard_log, policy_kwargs=policy_kwargs)
-        kwargs |= dict(bootstrap_timeouts=bootstrap_timeouts, seed_episodes=seed_episodes, verbose=verbose)
-        kwargs |= dict(seed=seed, device=device)
-        super().__init__(policy, env, learning_rate, n_steps, n_episodes, max_episode_steps, **kwargs)
-        self.target_kl = target_kl
+        kwargs |= dict(bootstrap_timeouts=bootstrap_timeouts, seed_episodes=seed_episodes, verbose=verbose, device=device)
+        super().__init__(policy, env, learning_rate, n_steps, n_episodes, max_episode_steps, seed=seed, **kwargs)
+        self.target_kl, self.cg_max_steps, self.cg_damping = target_kl, cg_max_steps, cg_damping
         #: Running means of :func:`~sb3_reinforce.natural_gradient.cross_validate`
         self.damping_scores = np.zeros((2, len(natural_gradient.DAMPINGS)))
-        self.cg_max_steps = cg_max_steps
-        self.cg_damping = cg_damping
         self.normalize_advantage = normalize_advantage
-        self.advantage = advantage
-        self.baseline = baseline
-        self.baseline_memory = baseline_memory
+        self.advantage, self.baseline, self.baseline_memory = advantage, baseline, baseline_memory
         self.baseline_kwargs = baseline_kwargs or {}
         if normalize_observations is None:
             normalize_observations = issubclass(self.policy_class, MlpPolicy)
@@ -226,8 +221,8 @@ class REINFORCE(EpisodicAlgorithm):
             if divergence is not None:
                 self.logger.record("train/kl_divergence_loss", divergence)
             if hasattr(policy, "log_std"):
-                # float32 cannot tell actions apart that are closer
-                policy.log_std.data.clamp_(min=math.log(np.finfo(np.float32).eps))
+                # float32 cannot tell actions apart that are closer, or the mean from 0 if they are farther apart
+                policy.log_std.data.clamp_(*(sign * math.log(np.finfo(np.float32).eps) for sign in (1, -1)))
                 self.logger.record("train/std", th.exp(policy.log_std).mean().item())
             features, actions = self._critic_inputs(new)
             if self.baseline is not None:

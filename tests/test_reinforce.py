@@ -444,10 +444,11 @@ def test_without_target_kl_the_optimizer_steps(optimizer_class: type[th.optim.Op
     assert all(map(th.equal, parameters, model.policy.parameters()))
 
 
-def test_a_standard_deviation_stays_above_the_rounding_of_float32():
+@pytest.mark.parametrize("log_std_init", [-16.5, 16.5])
+def test_a_standard_deviation_stays_within_the_rounding_of_float32(log_std_init: float):
     env = RandomEnv(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)), 5)
-    model = REINFORCE("MlpPolicy", env, n_steps=20, seed=0, policy_kwargs=dict(log_std_init=-16.5)).learn(50)
-    assert np.exp(model.policy.log_std.detach().numpy()).min() > 0.99 * np.finfo(np.float32).eps
+    model = REINFORCE("MlpPolicy", env, n_steps=20, seed=0, policy_kwargs=dict(log_std_init=log_std_init)).learn(50)
+    assert np.exp(-np.abs(model.policy.log_std.detach().numpy())).min() > 0.99 * np.finfo(np.float32).eps
 
 
 # The damping -----------------------------------------------------------------------------------------------------------------
