@@ -2,6 +2,7 @@
 
 import os
 
-# NumPy and PyTorch read these variables when they are imported
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+#: Numbers of threads, which NumPy and PyTorch read when they are imported
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+for variable in THREADS:
     os.environ.setdefault(variable, "1")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import THREADS
 from benchmarks.common import RESULTS, SCALING, fill, provenance, write_json
 
 N_PAIRS = 15
@@ -29,9 +30,7 @@ for _ in sys.stdin:
 
 
 def start(n_threads: str) -> subprocess.Popen[str]:
-    # Importing benchmarks has set all of them to 1
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), n_threads)
-    environment, pipe = os.environ | threads, subprocess.PIPE
+    environment, pipe = os.environ | dict.fromkeys(THREADS, n_threads), subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", CODE], env=environment, stdin=pipe, stdout=pipe, text=True)
 
 
